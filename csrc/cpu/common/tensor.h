@@ -1,0 +1,87 @@
+// What every CPU op asks of its tensors: layouts, and reading storage types as the compute type.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "half.h"
+
+namespace transkd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Layout { kContiguous, kChannelsLast, kOther };
+
+// Layout of a [B, C, H, W] map; a map that is both (C = 1 or H = W = 1) counts as contiguous.
+inline Layout layout_of(const Tensor& map) {
+  if (map.is_contiguous()) return Layout::kContiguous;
+  const int64_t order[4] = {1, 3, 2, 0};  // from the fastest dimension to the slowest
+  int64_t expected = 1;
+  for (const int64_t dim : order) {
+    if (map.size(dim) != 1 && map.stride(dim) != expected) return Layout::kOther;
+    expected *= map.size(dim);
+  }
+  return Layout::kChannelsLast;
+}
+
+// row[i] = from[i] for half-precision storage, compiled for several instruction sets (convert.cpp).
+void widen(const BFloat16* from, float* row, int64_t n);
+void widen(const Half* from, float* row, int64_t n);
+void narrow(const float* row, BFloat16* to, int64_t n);
+void narrow(const float* row, Half* to, int64_t n);
+
+// Reads runs of a tensor as the compute type; only half precision goes through a buffer.
+template <class Compute>
+class Reader {
+ public:
+  Reader(const Tensor& tensor) : data_(tensor.const_data_ptr()), type_(tensor.scalar_type()) {}
+
+  // Pointer to n elements from offset on; buffer must have room for n.
+  const Compute* read(int64_t offset, int64_t n, Compute* buffer) const {
+    if constexpr (sizeof(Compute) == sizeof(float)) {
+      if (type_ == ScalarType::BFloat16) return widened<BFloat16>(offset, n, buffer);
+      if (type_ == ScalarType::Half) return widened<Half>(offset, n, buffer);
+    }
+    return static_cast<const Compute*>(data_) + offset;
+  }
+
+ private:
+  template <class Storage>
+  const Compute* widened(int64_t offset, int64_t n, Compute* buffer) const {
+    widen(static_cast<const Storage*>(data_) + offset, buffer, n);
+    return buffer;
+  }
+
+  const void* data_;
+  ScalarType type_;
+};
+
+// Writes runs of the compute type into a tensor: fill the pointer that place() gives, then call commit().
+template <class Compute>
+class Writer {
+ public:
+  Writer(const Tensor& tensor) : data_(tensor.mutable_data_ptr()), type_(tensor.scalar_type()) {}
+
+  Compute* place(int64_t offset, Compute* buffer) const {
+    return buffered() ? buffer : static_cast<Compute*>(data_) + offset;
+  }
+
+  void commit(int64_t offset, int64_t n, const Compute* buffer) const {
+    if constexpr (sizeof(Compute) == sizeof(float)) {
+      if (type_ == ScalarType::BFloat16) narrow(buffer, static_cast<BFloat16*>(data_) + offset, n);
+      if (type_ == ScalarType::Half) narrow(buffer, static_cast<Half*>(data_) + offset, n);
+    }
+  }
+
+ private:
+  bool buffered() const { return type_ == ScalarType::BFloat16 || type_ == ScalarType::Half; }
+
+  void* data_;
+  ScalarType type_;
+};
+
+}  // namespace transkd

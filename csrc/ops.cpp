@@ -1,0 +1,8 @@
+// The schemas of all raw ops. They are private to transkd_fast/ops/, which validates, allocates nothing and wraps them in autograd.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(transkd_fast, m) {
+  m.def("hcl_fwd(Tensor student, Tensor teacher) -> (Tensor loss, Tensor table)");
+  m.def("hcl_bwd(Tensor grad, Tensor student, Tensor teacher, Tensor table) -> Tensor");
+  m.def("cuda_selftest(Tensor x) -> Tensor");
+}

@@ -1,0 +1,92 @@
+"""What every segmentation dataset offers, and the error that bad data raises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+IGNORE_INDEX = 255
+
+Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
+Transforms = Callable[..., Any]
+
+
+class DataError(ValueError):
+    """A data set on disk is not what it should be: the message names the file, what was expected and what to do."""
+
+
+class SegmentationDataset(Dataset[Sample], ABC):
+    """Map-style dataset of images with one class index per pixel.
+
+    A subclass sets `classes` and `palette` and implements `__len__`, `name` and `load`.
+
+    Attributes:
+        classes: class names; a label value is an index into them.
+        palette: uint8 [K, 3], one RGB colour per class for pictures of label maps.
+        ignore_index: label value of pixels that neither loss nor metric may count (255).
+
+    Args:
+        transforms: joint transform `(image, mask) -> (image, mask)` applied to each sample; None for none.
+    """
+
+    classes: tuple[str, ...]
+    palette: Tensor
+    ignore_index: int = IGNORE_INDEX
+
+    def __init__(self, transforms: Transforms | None = None) -> None:
+        self.transforms = transforms
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K, the ignored label not counted."""
+        return len(self.classes)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of frames."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Name of frame `index`, unique within the dataset."""
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Frame `index` before any transform.
+
+        Args:
+            index: frame number in [0, len).
+
+        Returns:
+            RGB image, uint8 [H, W, 3], and label map, uint8 [H, W] with values in [0, K) or 255.
+
+        Raises:
+            DataError: the frame cannot be read or is inconsistent.
+        """
+
+    def __getitem__(self, index: int) -> Sample:
+        """Image uint8 [3, H, W] and mask uint8 [H, W], after `transforms`."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{type(self).__name__}: index {index} is out of range for {len(self)} frames")
+        pixels, labels = self.load(index % len(self))
+        image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+        mask = tv_tensors.Mask(torch.from_numpy(labels))
+        return (image, mask) if self.transforms is None else self.transforms(image, mask)
+
+    def check(self, full: bool = True) -> None:
+        """Reads the data once, so that a bad file is found before training starts.
+
+        Args:
+            full: read every frame; False reads only the first (a quick look at format and label values).
+
+        Raises:
+            DataError: the first frame that cannot be read or is inconsistent.
+        """
+        for index in range(len(self) if full else min(1, len(self))):
+            self.load(index)

@@ -1,0 +1,135 @@
+"""The CSF module: brings a student's four maps to the teacher's channels, coarse to fine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from transkd_fast import functional
+from transkd_fast.nn._batch_norm import batch_norm_of, world_size
+from transkd_fast.reference.legacy import squeeze_layer
+
+MIN_SQUEEZE_CHANNELS = 32
+
+
+class CSF(nn.ModuleList):
+    """Cross selective fusion: one stage per map, named "0" (deepest) to "3" (finest), under the published keys.
+
+    Per stage x = BN(conv1x1(F)); the deepest stage passes v = x on, the others fuse x with the coarser stage's v; each
+    returns BN(conv3x3(v)).
+
+    Args:
+        in_channels: Student channels, fine to coarse.
+        out_channels: Teacher channels, fine to coarse.
+        mid_channels: Width M of the fused maps; default 64.
+        reduction: The squeeze layer has max(M // reduction, 32) channels; default 16.
+        legacy: Use the published second squeeze layer (`fc1`) for a batch of 1. Otherwise its weight is a buffer that is
+            loaded and saved but not used.
+
+    Raises:
+        ValueError: If the channel lists are empty or differ in length, or legacy is used over several processes.
+
+    Source: TransKD section III-C; keys of the published checkpoints.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        mid_channels: int = 64,
+        reduction: int = 16,
+        legacy: bool = False,
+    ) -> None:
+        if len(in_channels) != len(out_channels) or not in_channels:
+            raise ValueError(
+                "CSF: expected in_channels and out_channels to have one entry per stage,"
+                f" got {list(in_channels)} and {list(out_channels)}"
+            )
+        if legacy:
+            reject_legacy_over_processes()
+        squeezed = max(mid_channels // reduction, MIN_SQUEEZE_CHANNELS)
+        stages = reversed(list(zip(in_channels, out_channels, strict=True)))
+        super().__init__(
+            _Stage(c_in, mid_channels, c_out, squeezed if i else None, legacy) for i, (c_in, c_out) in enumerate(stages)
+        )
+        self.in_channels = tuple(in_channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Fuses the maps of all stages.
+
+        Args:
+            maps: Student maps, fine to coarse, shapes [B, C_m, H_m, W_m].
+
+        Returns:
+            Maps with the teacher's channels, fine to coarse, shapes [B, C'_m, H_m, W_m].
+
+        Raises:
+            ValueError: If the number of maps or their channels do not fit.
+        """
+        if [t.dim() for t in maps] != [4] * len(self) or tuple(t.shape[1] for t in maps) != self.in_channels:
+            raise ValueError(
+                f"CSF: expected {len(self)} maps [B, C, H, W] with channels {list(self.in_channels)}, fine to coarse,"
+                f" got shapes {[list(t.shape) for t in maps]}"
+            )
+        outputs: list[Tensor] = []
+        fused: Tensor | None = None
+        for stage, x in zip(self, reversed(maps), strict=True):
+            output, fused = stage(x, fused)
+            outputs.insert(0, output)
+        return outputs
+
+
+class _Stage(nn.Module):
+    """One stage of CSF; without squeeze channels it fuses nothing."""
+
+    def __init__(
+        self, in_channels: int, mid_channels: int, out_channels: int, squeezed: int | None, legacy: bool
+    ) -> None:
+        super().__init__()
+        self.legacy = legacy
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(in_channels, mid_channels, kernel_size=1, bias=False), nn.BatchNorm2d(mid_channels)
+        )
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(mid_channels, out_channels, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        if squeezed is not None:
+            self.fc = nn.Sequential(nn.Conv2d(mid_channels, squeezed, 1, bias=False), nn.BatchNorm2d(squeezed))
+            fc1 = nn.Conv2d(mid_channels, squeezed, 1, bias=False)
+            self.fc1 = nn.Sequential(fc1 if legacy else _Unused(fc1.weight))
+            self.fcs = nn.ModuleList(nn.Conv2d(squeezed, mid_channels, 1) for _ in range(2))
+
+    def forward(self, x: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
+        fused = self.conv1(x) if coarser is None else self._fuse(x, coarser)
+        return self.conv2(fused), fused
+
+    def _fuse(self, x: Tensor, coarser: Tensor) -> Tensor:
+        conv, bn = self.conv1
+        fc_weight, fc_bn = self.fc[0].weight.flatten(1), batch_norm_of(self.fc[1])
+        if self.legacy:
+            reject_legacy_over_processes()
+            fc_weight, fc_bn = squeeze_layer(x.shape[0], fc_weight, fc_bn, self.fc1[0].weight.flatten(1))
+        head_0, head_1 = ((head.weight.flatten(1), head.bias) for head in self.fcs)
+        return functional.csf(conv(x), coarser, batch_norm_of(bn), fc_weight, fc_bn, (head_0, head_1))
+
+
+class _Unused(nn.Module):
+    """Keeps a published weight in the state dict without training it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().clone())
+
+
+def reject_legacy_over_processes() -> None:
+    """Rejects the published batch-1 rule where a process's unused squeeze layer would stall the others.
+
+    Raises:
+        ValueError: If torch.distributed is initialised with more than one process.
+    """
+    if world_size() > 1:
+        raise ValueError(
+            f"CSF: expected one process with legacy=True, got {world_size()}: which squeeze layer trains depends on each"
+            " process's batch size; use legacy=False"
+        )

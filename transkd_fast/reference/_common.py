@@ -1,0 +1,107 @@
+"""What the reference ops share: the compute dtype, autocast switched off, and batch normalisation."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class BatchNorm(NamedTuple):
+    """Parameters, running statistics and settings of one batch normalisation.
+
+    Args:
+        weight: Scale, shape [C], or None for 1.
+        bias: Shift, shape [C], or None for 0.
+        running_mean: Running mean, shape [C], updated in place in training; None means that nothing is tracked.
+        running_var: Running unbiased variance, shape [C], updated in place in training; None as above.
+        num_batches_tracked: int64 0-d counter, incremented in place per training forward; None means not counted.
+        training: Normalise with the batch's statistics (True) or the running ones (False).
+        momentum: Weight of the new statistics, or None for the cumulative average.
+        eps: Added to the variance.
+
+    Source: `torch.nn.BatchNorm2d`, whose behaviour `batch_norm` reproduces.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None = None
+    training: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Gives the dtype of the arithmetic: the inputs' common dtype, but at least float32."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Returns a context in which autocast is off on the tensor's device, where autocast exists there at all."""
+    device_type = tensor.device.type
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def as_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Casts an optional tensor."""
+    return None if tensor is None else tensor.to(dtype)
+
+
+def values_per_channel(x: Tensor) -> int:
+    """Counts the values that one channel's statistics are taken over, for x of shape [B, C, ...]."""
+    return x.shape[0] * x.shape[2:].numel()
+
+
+def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:
+    """Normalises x per channel as `nn.BatchNorm2d` does, running statistics included.
+
+    Args:
+        x: Shape [B, C] or [B, C, H, W], float32 or float64.
+        bn: Parameters and settings; its running statistics and counter are updated in place in training.
+
+    Returns:
+        The normalised tensor, of x's shape and dtype.
+
+    Raises:
+        ValueError: In training, if a channel has a single value.
+    """
+    use_batch_statistics = bn.training or bn.running_mean is None or bn.running_var is None
+    if use_batch_statistics and values_per_channel(x) == 1:
+        raise ValueError(
+            f"batch_norm: expected more than 1 value per channel when training, got input of shape {list(x.shape)}; "
+            "use a larger batch or image, or eval mode"
+        )
+    mean, var = as_dtype(bn.running_mean, x.dtype), as_dtype(bn.running_var, x.dtype)
+    weight, bias = as_dtype(bn.weight, x.dtype), as_dtype(bn.bias, x.dtype)
+    if not bn.training:
+        return F.batch_norm(x, mean, var, weight, bias, training=use_batch_statistics, eps=bn.eps)
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    if bn.running_mean is None or bn.running_var is None:
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=bn.eps)
+    if bn.momentum is None:
+        _update_cumulative_average(x.detach(), bn)
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=bn.eps)
+    out = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=bn.momentum, eps=bn.eps)
+    if bn.running_mean.dtype != x.dtype:
+        bn.running_mean.copy_(mean)
+        bn.running_var.copy_(var)
+    return out
+
+
+def _update_cumulative_average(x: Tensor, bn: BatchNorm) -> None:
+    """Moves the running statistics by 1 / num_batches_tracked, without reading the counter on the host."""
+    if bn.num_batches_tracked is None:
+        raise ValueError("batch_norm: momentum=None (cumulative average) needs num_batches_tracked, got None")
+    var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=1)
+    factor = bn.num_batches_tracked.to(x.dtype).reciprocal()
+    for running, new in ((bn.running_mean, mean), (bn.running_var, var)):
+        running.copy_(torch.lerp(running.to(x.dtype), new, factor))
