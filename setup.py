@@ -1,7 +1,9 @@
-"""Builds transkd_fast._C (C++ for CPU, always) and transkd_fast._C_cuda (where nvcc and a CUDA torch of the same major are).
+"""Builds transkd_fast._C (C++ for CPU, always) and transkd_fast._C_cuda (where nvcc and a CUDA torch of the same
+major are).
 
-Everything declarative is in pyproject.toml. Environment variables: TRANSKD_FAST_CUDA=auto|0|1 (auto builds what it can and
-records why it could not, 1 makes that an error), TORCH_CUDA_ARCH_LIST, CUDA_HOME, TRANSKD_FAST_CXXFLAGS, TRANSKD_FAST_NVCCFLAGS.
+Everything declarative is in pyproject.toml. Environment variables: TRANSKD_FAST_CUDA=auto|0|1 (auto builds what it
+can and records why it could not, 1 makes that an error), TORCH_CUDA_ARCH_LIST, CUDA_HOME, TRANSKD_FAST_CXXFLAGS,
+TRANSKD_FAST_NVCCFLAGS.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", TORCH_TARGET]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", TORCH_TARGET, "--threads=2"]  # USE_CUDA: else the CUDA shims are hidden
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-DUSE_CUDA",
+    TORCH_TARGET,
+    "--threads=2",
+]  # USE_CUDA: else the CUDA shims are hidden
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 
 
@@ -69,7 +77,11 @@ def extensions() -> dict[str, Any]:
 
     cxx = [*CXX_FLAGS, f"-I{pybind11.get_include()}", f"-I{ROOT / 'csrc'}"]
     cxx += os.environ.get("TRANSKD_FAST_CXXFLAGS", "").split()
-    cpp_sources = ["csrc/module.cpp", "csrc/ops.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    cpp_sources = [
+        "csrc/module.cpp",
+        "csrc/ops.cpp",
+        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp")),
+    ]
     cpp = CppExtension("transkd_fast._C", cpp_sources, extra_compile_args={"cxx": cxx})
     # The stable ABI needs no libtorch_python; linking it would tie the file to one torch.
     cpp.libraries = [library for library in cpp.libraries if library != "torch_python"]
@@ -80,9 +92,7 @@ def extensions() -> dict[str, Any]:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         nvcc = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}", *os.environ.get("TRANSKD_FAST_NVCCFLAGS", "").split()]
         cuda_sources = [*sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu")), "csrc/cuda/module.cpp"]
-        cuda = CUDAExtension(
-            "transkd_fast._C_cuda", cuda_sources, extra_compile_args={"cxx": cxx, "nvcc": nvcc}
-        )
+        cuda = CUDAExtension("transkd_fast._C_cuda", cuda_sources, extra_compile_args={"cxx": cxx, "nvcc": nvcc})
         cuda.libraries = [library for library in cuda.libraries if library != "torch_python"]
         cuda.optional = mode == "auto"
     elif mode == "1":

@@ -21,7 +21,13 @@ const char* running_instruction_set() {
 py::dict build_info() {
   py::dict info;
   info["torch"] = TRANSKD_BUILD_TORCH;
-  info["compiler"] = __VERSION__;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
   info["instruction_sets"] = TRANSKD_CLONE_NAMES;
   info["instruction_set_here"] = running_instruction_set();
   info["cuda"] = TRANSKD_BUILD_CUDA_STATE;

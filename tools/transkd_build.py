@@ -1,8 +1,8 @@
 """In-tree PEP 517 backend: setuptools, building against the torch that is already installed.
 
-pip builds in an isolated environment. Asking for torch there would download gigabytes again and might compile against another
-version than the one in use, so the requirement is made only where the environment has no torch that is new enough. setup.py is
-never run to find the requirements, because it imports torch.
+pip builds in an isolated environment. Asking for torch there would download gigabytes again and might compile against
+another version than the one in use, so the requirement is made only where the environment has no torch that is new
+enough. setup.py is never run to find the requirements, because it imports torch.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def build_info() -> dict[str, Any]:
     """What was built, with which compilers, and why something was not.
 
     Returns:
-        A dict with ``version`` pairs of the build (torch, compiler, instruction sets, CUDA architectures) as recorded in
-        ``_C`` and, per extension, ``loaded`` and the ``reason`` where it is not.
+        A dict with ``version`` pairs of the build (torch, compiler, instruction sets, CUDA architectures) as recorded
+        in ``_C`` and, per extension, ``loaded`` and the ``reason`` where it is not.
     """
     info: dict[str, Any] = dict(_modules["_C"].build_info()) if "_C" in _modules else {}
     if "_C_cuda" in _modules:

@@ -1,8 +1,9 @@
 """Which implementation of an op runs: eager PyTorch, C++ for CPU, Triton or CUDA C++.
 
-The choice for one call is, in this order: the ``backend=`` argument, the innermost :func:`use_backend` context, the environment
-variable ``TRANSKD_FAST_BACKEND``, and ``"auto"``. ``"auto"`` takes the first backend that can run and logs why it passed over
-another one that has a kernel; an explicit choice runs or raises :class:`BackendError`, it never falls back.
+The choice for one call is, in this order: the ``backend=`` argument, the innermost :func:`use_backend` context, the
+environment variable ``TRANSKD_FAST_BACKEND``, and ``"auto"``. ``"auto"`` takes the first backend that can run and
+logs why it passed over another one that has a kernel; an explicit choice runs or raises :class:`BackendError`, it
+never falls back.
 """
 
 from __future__ import annotations

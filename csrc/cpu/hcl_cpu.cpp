@@ -223,8 +223,9 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
   const Reader<T> s(student), t(teacher);
   const Axis &rows = pyramid.rows, &columns = pyramid.columns;
   const int64_t channels = shape.channels, cells = pyramid.cells();
-  const int64_t pixels_at_once = std::max<int64_t>(1, kBuffer / channels);
-  constexpr int64_t kStrip = 8;  // rows summed in one piece
+  // Each channel's sum over a piece, and the squares over a run of pixels, are chains of float additions: kept short.
+  constexpr int64_t kPiece = 1024, kRun = 512;
+  const int64_t pixels_at_once = std::clamp<int64_t>(kBuffer / channels, 1, kRun);
 
   struct Piece {
     int64_t sample, cell, top, bottom, left, right;
@@ -233,9 +234,11 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
   for (int64_t b = 0; b < shape.batch; ++b) {
     for (int i = 0; i < rows.segments; ++i) {
       for (int j = 0; j < columns.segments; ++j) {
-        for (int64_t top = rows.edge[i]; top < rows.edge[i + 1]; top += kStrip) {
-          pieces.push_back({b, b * cells + i * columns.segments + j, top, std::min(top + kStrip, rows.edge[i + 1]),
-                            columns.edge[j], columns.edge[j + 1]});
+        const int64_t left = columns.edge[j], right = columns.edge[j + 1];
+        const int64_t strip = std::max<int64_t>(1, kPiece / (right - left));
+        for (int64_t top = rows.edge[i]; top < rows.edge[i + 1]; top += strip) {
+          const int64_t bottom = std::min(top + strip, rows.edge[i + 1]);
+          pieces.push_back({b, b * cells + i * columns.segments + j, top, bottom, left, right});
         }
       }
     }
@@ -248,16 +251,16 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
     std::vector<T> s_buffer(pixels_at_once * channels), t_buffer(s_buffer.size());
     for (int64_t p = begin; p < end; ++p) {
       const Piece& piece = pieces[p];
-      T squares[kLanes] = {};
       for (int64_t r = piece.top; r < piece.bottom; ++r) {
         for (int64_t x = piece.left; x < piece.right; x += pixels_at_once) {
+          T squares[kLanes] = {};
           const int64_t pixels = std::min(pixels_at_once, piece.right - x);
           const int64_t offset = ((piece.sample * shape.height + r) * shape.width + x) * channels, n = pixels * channels;
           add_pixels(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels, channels,
                      sums.data() + p * channels, squares);
+          squares_of[p] += total(squares);
         }
       }
-      squares_of[p] = total(squares);
     }
   });
 

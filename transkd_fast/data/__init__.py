@@ -39,6 +39,7 @@ def create(
     transforms: Transforms | None = None,
     length: int | None = None,
     seed: int = 0,
+    cache: bool = False,
 ) -> SegmentationDataset:
     """Creates a dataset by name.
 
@@ -50,6 +51,7 @@ def create(
         transforms: joint transform of image and mask; None for none.
         length: number of "street_scenes" (400 for train, 100 for val); files are all taken.
         seed: seed of "street_scenes".
+        cache: keep drawn "street_scenes" in memory; files are always read anew.
 
     Returns:
         The dataset.
@@ -69,5 +71,5 @@ def create(
             raise ValueError(f"street_scenes: expected no root (the scenes are drawn, not read), got {root}")
         if length is None:
             length = _SCENES_LENGTH.get(split, 1)
-        return StreetScenes(length, size, seed, split, transforms)
+        return StreetScenes(length, size, seed, split, transforms, cache)
     raise ValueError(f"expected a dataset out of {', '.join(DATASETS)}, got {name!r}")

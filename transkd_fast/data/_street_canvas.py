@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,7 +22,41 @@ Point = tuple[float, float, float]
 
 NEAR = 0.7
 FAR = 400.0
-SKY, GROUND, FACADE, UPRIGHT = range(4)
+TURN = tuple((math.cos(math.tau * k / 10), math.sin(math.tau * k / 10)) for k in range(10))
+CLOTHES: tuple[Colour, ...] = (
+    (0.12, 0.13, 0.18),
+    (0.2, 0.28, 0.5),
+    (0.6, 0.16, 0.16),
+    (0.85, 0.85, 0.83),
+    (0.28, 0.4, 0.26),
+    (0.7, 0.55, 0.2),
+    (0.4, 0.36, 0.34),
+    (0.55, 0.3, 0.5),
+)
+
+
+class Label(IntEnum):
+    """Classes of the scenes; those that CamVid has are numbered as in CamVid."""
+
+    SKY = 0
+    BUILDING = 1
+    POLE = 2
+    ROAD = 3
+    PAVEMENT = 4
+    TREE = 5
+    SIGN = 6
+    MARKING = 7
+    CAR = 8
+    PEDESTRIAN = 9
+
+
+class Kind(IntEnum):
+    """How depth and texture of a surface follow from a pixel."""
+
+    SKY = 0
+    GROUND = 1
+    FACADE = 2
+    UPRIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -83,26 +119,29 @@ class Light:
     rain: float
     shadow: float
 
-    def on(self, colour: Colour, normal: Point, glow: float = 0.0) -> Colour:
-        """Colour of a matt surface with the given normal under this light; `glow` is emitted on top of it."""
-        facing = max(0.0, sum(a * b for a, b in zip(normal, self.sun, strict=True)))
-        red, green, blue = (
-            c * (ambient + sun * facing + glow)
-            for c, ambient, sun in zip(colour, self.ambient, self.sun_colour, strict=True)
-        )
-        return red, green, blue
 
+class Surface(NamedTuple):
+    """A surface of one colour: what a surface number stands for.
 
-@dataclass
-class Surfaces:
-    """Columns of the surface table; entry 0 is the sky."""
+    Attributes:
+        label: class index.
+        colour: albedo, RGB in [0, 1].
+        depth: z of an upright surface.
+        normal: unit normal, for shading.
+        kind: how depth and texture follow from a pixel.
+        grain: strength of the texture.
+        scale: texture elements per metre.
+        glow: emitted light, as a factor of the colour.
+    """
 
-    label: list[int] = field(default_factory=lambda: [0])
-    kind: list[int] = field(default_factory=lambda: [SKY])
-    colour: list[Colour] = field(default_factory=lambda: [(0.0, 0.0, 0.0)])
-    depth: list[float] = field(default_factory=lambda: [1e6])
-    grain: list[float] = field(default_factory=lambda: [0.0])
-    scale: list[float] = field(default_factory=lambda: [0.0])
+    label: int
+    colour: Colour
+    depth: float = 0.0
+    normal: Point = (0.0, 0.0, -1.0)
+    kind: int = Kind.UPRIGHT
+    grain: float = 0.04
+    scale: float = 40.0
+    glow: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,41 +187,14 @@ class Canvas:
         self.shadows = Image.new("L", size, 0)
         self._draw = ImageDraw.Draw(self.ids)
         self._draw_shadow = ImageDraw.Draw(self.shadows)
-        self.surfaces = Surfaces()
+        self.surfaces = [Surface(Label.SKY, (0.0, 0.0, 0.0), depth=1e6, kind=Kind.SKY)]
         self.facades: dict[int, Facade] = {}
         self.lamps: list[tuple[float, float, float, float, Colour]] = []
 
-    def surface(
-        self,
-        label: int,
-        colour: Colour,
-        depth: float = 0.0,
-        normal: Point = (0.0, 0.0, -1.0),
-        kind: int = UPRIGHT,
-        grain: float = 0.04,
-        scale: float = 40.0,
-        glow: float = 0.0,
-    ) -> int:
-        """Adds a surface and returns its number.
-
-        Args:
-            label: class index.
-            colour: albedo, RGB in [0, 1].
-            depth: z of an upright surface.
-            normal: unit normal, for shading.
-            kind: GROUND, FACADE or UPRIGHT: how depth and texture follow from a pixel.
-            grain: strength of the texture.
-            scale: texture elements per metre.
-            glow: emitted light.
-        """
-        table = self.surfaces
-        table.label.append(label)
-        table.kind.append(kind)
-        table.colour.append(self.light.on(colour, normal, glow))
-        table.depth.append(depth)
-        table.grain.append(grain)
-        table.scale.append(scale)
-        return len(table.label) - 1
+    def surface(self, *columns: Any, **named: Any) -> int:
+        """Adds `Surface(*columns, **named)` and returns its number."""
+        self.surfaces.append(Surface(*columns, **named))
+        return len(self.surfaces) - 1
 
     def polygon(self, points: Sequence[Point], surface: int) -> None:
         """Fills a polygon of world points, cut off at the near plane."""
@@ -192,8 +204,10 @@ class Canvas:
 
     def shadow(self, points: Sequence[Point], strength: float) -> None:
         """Darkens a polygon on the ground."""
+        if strength <= 0:
+            return
         pixels = self._project(points)
-        if len(pixels) > 2 and strength > 0:
+        if len(pixels) > 2:
             self._draw_shadow.polygon(pixels, fill=int(255 * strength))
 
     def cast(self, points: Sequence[Point]) -> list[Point]:
@@ -204,8 +218,10 @@ class Canvas:
 
     def flat(self, x: float, z: float, outline: Sequence[tuple[float, float]], surface: int, y: float = 0.0) -> None:
         """Fills a polygon, given in metres about (x, y), that faces the camera at distance z."""
-        project = self.camera.project
-        self._draw.polygon([project(x + dx, y + dy, z) for dx, dy in outline], fill=surface)
+        (u, v), roll = self.camera.project(x, y, z), self.camera.roll
+        unit = self.camera.focal / z
+        pixels = [(u + unit * (dx + roll * dy), v + unit * (roll * dx - dy)) for dx, dy in outline]
+        self._draw.polygon(pixels, fill=surface)
 
     def box(self, x: float, z: float, left: float, bottom: float, right: float, top: float, surface: int) -> None:
         """Fills a rectangle, given in metres about (x, 0), that faces the camera at distance z."""
@@ -221,14 +237,20 @@ class Canvas:
         """Fills a polygon given in pixels."""
         self._draw.polygon(list(outline), fill=surface)
 
+    def sees(self, x: float, z: float, reach: float) -> bool:
+        """Whether an object within `reach` metres beside (x, z) can be in the picture."""
+        camera = self.camera
+        left = camera.centre[0] + camera.focal * (x - reach) / z
+        return left < camera.width and left + 2 * camera.focal * reach / z > 0
+
     def lamp(self, x: float, y: float, z: float, power: float, colour: Colour) -> None:
         """Adds a light that glows in the image."""
         self.lamps.append((x, y, z, power, colour))
 
     def _project(self, points: Sequence[Point]) -> list[tuple[float, float]]:
         project = self.camera.project
-        if all(point[2] >= NEAR for point in points):
-            return [project(*point) for point in points]
+        if min(point[2] for point in points) >= NEAR:
+            return [project(x, y, z) for x, y, z in points]
         kept: list[Point] = []
         for (xa, ya, za), (xb, yb, zb) in zip(points, [*points[1:], points[0]], strict=True):
             if za >= NEAR:
@@ -236,7 +258,17 @@ class Canvas:
             if (za >= NEAR) != (zb >= NEAR):
                 t = (NEAR - za) / (zb - za)
                 kept.append((xa + t * (xb - xa), ya + t * (yb - ya), NEAR))
-        return [project(*point) for point in kept]
+        return [project(x, y, z) for x, y, z in kept]
+
+
+def scaled(colour: Colour, factor: float) -> Colour:
+    """A colour made lighter or darker."""
+    return colour[0] * factor, colour[1] * factor, colour[2] * factor
+
+
+def pick(rng: np.random.Generator, colours: Sequence[Colour], spread: float = 0.12) -> Colour:
+    """One of `colours`, made lighter or darker by up to `spread`."""
+    return scaled(colours[int(rng.integers(len(colours)))], float(rng.uniform(1 - spread, 1 + spread)))
 
 
 def unit(azimuth: float, elevation: float) -> Point:

@@ -97,7 +97,8 @@ class Attention(nn.Module):
         if self.sr_ratio > 1:
             x = self.norm(_map_to_tokens(self.sr(_tokens_to_map(x, height, width))))
         k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return self.proj(F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2))
+        x = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class DepthwiseConv(nn.Module):

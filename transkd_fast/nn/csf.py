@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from transkd_fast import functional
-from transkd_fast.nn._batch_norm import batch_norm_of, world_size
-from transkd_fast.reference.legacy import squeeze_layer
+from transkd_fast.functional import BatchNorm
+from transkd_fast.nn._parameters import batch_norm_of, weight_and_bias, world_size
 
 MIN_SQUEEZE_CHANNELS = 32
 
@@ -24,8 +25,8 @@ class CSF(nn.ModuleList):
         out_channels: Teacher channels, fine to coarse.
         mid_channels: Width M of the fused maps; default 64.
         reduction: The squeeze layer has max(M // reduction, 32) channels; default 16.
-        legacy: Use the published second squeeze layer (`fc1`) for a batch of 1. Otherwise its weight is a buffer that is
-            loaded and saved but not used.
+        legacy: Use the published second squeeze layer (`fc1`) for a batch of 1. Otherwise its weight is a buffer that
+            is loaded and saved but not used.
 
     Raises:
         ValueError: If the channel lists are empty or differ in length, or legacy is used over several processes.
@@ -105,13 +106,16 @@ class _Stage(nn.Module):
         return self.conv2(fused), fused
 
     def _fuse(self, x: Tensor, coarser: Tensor) -> Tensor:
-        conv, bn = self.conv1
-        fc_weight, fc_bn = self.fc[0].weight.flatten(1), batch_norm_of(self.fc[1])
+        fc_weight = cast(Tensor, self.fc[0].weight).flatten(1)
+        fc_bn: BatchNorm | None = batch_norm_of(cast(nn.BatchNorm2d, self.fc[1]))
         if self.legacy:
             reject_legacy_over_processes()
-            fc_weight, fc_bn = squeeze_layer(x.shape[0], fc_weight, fc_bn, self.fc1[0].weight.flatten(1))
-        head_0, head_1 = ((head.weight.flatten(1), head.bias) for head in self.fcs)
-        return functional.csf(conv(x), coarser, batch_norm_of(bn), fc_weight, fc_bn, (head_0, head_1))
+            if x.shape[0] == 1:
+                fc_weight, fc_bn = cast(Tensor, self.fc1[0].weight).flatten(1), None
+        (weight_0, bias_0), (weight_1, bias_1) = (weight_and_bias(head) for head in self.fcs)
+        heads = (weight_0.flatten(1), bias_0), (weight_1.flatten(1), bias_1)
+        z = self.conv1[0](x)
+        return functional.csf(z, coarser, batch_norm_of(cast(nn.BatchNorm2d, self.conv1[1])), fc_weight, fc_bn, heads)
 
 
 class _Unused(nn.Module):
@@ -130,6 +134,6 @@ def reject_legacy_over_processes() -> None:
     """
     if world_size() > 1:
         raise ValueError(
-            f"CSF: expected one process with legacy=True, got {world_size()}: which squeeze layer trains depends on each"
-            " process's batch size; use legacy=False"
+            f"CSF: expected one process with legacy=True, got {world_size()}: which squeeze layer trains depends on"
+            " each process's batch size; use legacy=False"
         )

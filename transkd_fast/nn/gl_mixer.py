@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd_fast import functional
+from transkd_fast.nn._parameters import weight_and_bias
 
 
 class SelfAttention(nn.Module):
@@ -82,10 +83,8 @@ class GLMixer(nn.Module):
         return functional.gl_mixer(
             e,
             self.attention(e),
-            self.conv_a.weight,
-            self.conv_a.bias,
-            self.conv_b.weight,
-            self.conv_b.bias,
+            *weight_and_bias(self.conv_a),
+            *weight_and_bias(self.conv_b),
             self.attention_weight,
             self.conv_weight,
             self.residual,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from transkd_fast import functional
+from transkd_fast.nn._parameters import weight_and_bias
 from transkd_fast.ops.pea import STAGE_WEIGHTS
 
 
@@ -63,7 +64,7 @@ class PEA(nn.ModuleList):
         Raises:
             ValueError: If shapes or numbers of stages do not fit.
         """
-        weights, biases = [linear.weight for linear in self], [linear.bias for linear in self]
         if len(xs) != len(self):
             raise ValueError(f"PEA: expected {len(self)} embeddings, got {len(xs)}")
+        weights, biases = zip(*map(weight_and_bias, self), strict=True)
         return functional.pea_loss(xs, weights, biases, targets, stage_weights)

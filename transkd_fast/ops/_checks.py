@@ -30,9 +30,7 @@ def check_floating(op: str, **tensors: Tensor | None) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{op}: expected {name} to be float16, bfloat16, float32 or float64, got {tensor.dtype}; convert it first"
-            )
+            raise TypeError(f"{op}: expected {name} to be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if first is None:
             first = name, tensor.device
         elif tensor.device != first[1]:
@@ -120,7 +118,8 @@ def check_batch_norm(op: str, name: str, bn: BatchNorm, channels: int, device: t
 
     Raises:
         TypeError: If it is no `BatchNorm`, or a tensor has no floating dtype.
-        ValueError: If a tensor has another shape than [channels] or another device, or the settings contradict each other.
+        ValueError: If a tensor has another shape than [channels] or another device, or the settings contradict one
+            another.
     """
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"{op}: expected {name} to be a BatchNorm, got {type(bn).__name__}")

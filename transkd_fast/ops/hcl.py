@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from transkd_fast import _extension, backends
 from transkd_fast.ops import _checks
+from transkd_fast.ops._autograd import first_derivative
 from transkd_fast.reference.hcl import hcl as hcl_reference
 
 OP = "hcl"
@@ -68,20 +68,25 @@ class _HCL(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         student, teacher, table = ctx.saved_tensors
         grad_student = grad_teacher = None
         if ctx.needs_input_grad[0]:
-            grad_student = torch.ops.transkd_fast.hcl_bwd(grad, student, teacher, table)
+            grad_student = _gradient(grad, student, teacher, table)
         if ctx.needs_input_grad[1]:
             # The loss depends on student - teacher only: with the two exchanged, difference and table change sign.
-            grad_teacher = torch.ops.transkd_fast.hcl_bwd(grad, teacher, student, -table)
+            grad_teacher = _gradient(grad, teacher, student, -table)
         return grad_student, grad_teacher, None
 
 
+def _gradient(grad: Tensor, of: Tensor, other: Tensor, table: Tensor) -> Tensor:
+    with torch.no_grad():
+        gradient = torch.ops.transkd_fast.hcl_bwd(grad, of, other, table)
+    return first_derivative(OP, gradient, grad, of, other)
+
+
 def _same_dense_layout(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring both maps to the student's layout; a copy is made only of maps that are in neither layout or not in the same."""
+    """Bring both maps to the student's layout; only maps that are in no layout, or in different ones, are copied."""
     channels_last = not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)

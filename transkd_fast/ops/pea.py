@@ -68,9 +68,7 @@ def pea_loss(
         _check_stage({f"{name}[{m}]": tensor for name, tensor in stage.items()})
     tensors = [*xs, *weights, *biases, *targets, *(assistants or ())]
     backends.choose("pea", tensors, backend)
-    return reference.pea(
-        xs, weights, biases, targets, stage_weights, assistants, projection_scales, assistant_scales
-    )
+    return reference.pea(xs, weights, biases, targets, stage_weights, assistants, projection_scales, assistant_scales)
 
 
 def _check_stage(arguments: dict[str, Tensor]) -> None:

@@ -79,29 +79,29 @@ def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:
             f"batch_norm: expected more than 1 value per channel when training, got input of shape {list(x.shape)}; "
             "use a larger batch or image, or eval mode"
         )
-    mean, var = as_dtype(bn.running_mean, x.dtype), as_dtype(bn.running_var, x.dtype)
     weight, bias = as_dtype(bn.weight, x.dtype), as_dtype(bn.bias, x.dtype)
-    if not bn.training:
-        return F.batch_norm(x, mean, var, weight, bias, training=use_batch_statistics, eps=bn.eps)
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
     if bn.running_mean is None or bn.running_var is None:
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=bn.eps)
-    if bn.momentum is None:
-        _update_cumulative_average(x.detach(), bn)
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=bn.eps)
-    out = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=bn.momentum, eps=bn.eps)
-    if bn.running_mean.dtype != x.dtype:
-        bn.running_mean.copy_(mean)
-        bn.running_var.copy_(var)
-    return out
+    if not bn.training:
+        mean, var = bn.running_mean.to(x.dtype), bn.running_var.to(x.dtype)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=bn.eps)
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    if bn.momentum is not None and bn.running_mean.dtype == bn.running_var.dtype == x.dtype:
+        return F.batch_norm(x, bn.running_mean, bn.running_var, weight, bias, True, bn.momentum, bn.eps)
+    _update_running_statistics(x.detach(), bn, bn.running_mean, bn.running_var)
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=bn.eps)
 
 
-def _update_cumulative_average(x: Tensor, bn: BatchNorm) -> None:
-    """Moves the running statistics by 1 / num_batches_tracked, without reading the counter on the host."""
-    if bn.num_batches_tracked is None:
-        raise ValueError("batch_norm: momentum=None (cumulative average) needs num_batches_tracked, got None")
+def _update_running_statistics(x: Tensor, bn: BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
+    """Moves running statistics of another dtype or by a cumulative average; nothing is read on the host."""
+    factor: float | Tensor
+    if bn.momentum is not None:
+        factor = bn.momentum
+    elif bn.num_batches_tracked is not None:
+        factor = bn.num_batches_tracked.to(x.dtype).reciprocal()
+    else:
+        raise ValueError("batch_norm: expected num_batches_tracked with momentum=None (cumulative average), got None")
     var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=1)
-    factor = bn.num_batches_tracked.to(x.dtype).reciprocal()
-    for running, new in ((bn.running_mean, mean), (bn.running_var, var)):
+    for running, new in ((running_mean, mean), (running_var, var)):
         running.copy_(torch.lerp(running.to(x.dtype), new, factor))

@@ -8,30 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transkd_fast.reference._common import BatchNorm
-
 STAGE_WEIGHTS = (0.1, 0.1, 0.5, 1.0)
 NORMALISERS = ("channel", "spatial", "channel_mean", "none")
 DIVERGENCES = ("kl", "mse")
-
-
-def squeeze_layer(
-    batch_size: int, fc_weight: Tensor, fc_bn: BatchNorm, fc1_weight: Tensor
-) -> tuple[Tensor, BatchNorm | None]:
-    """Chooses CSF's squeeze layer by batch size: at 1 another layer without batch norm, in training and evaluation.
-
-    Args:
-        batch_size: Number of samples B.
-        fc_weight: Squeeze layer, shape [L, M].
-        fc_bn: Its batch norm.
-        fc1_weight: Squeeze layer of batch 1, shape [L, M].
-
-    Returns:
-        The squeeze weight and its batch norm or None, as `reference.csf.csf` takes them.
-
-    Source: the published code; the same image gives another result in a batch of 1.
-    """
-    return (fc1_weight, None) if batch_size == 1 else (fc_weight, fc_bn)
 
 
 def hcl_by_height(student: Tensor, teacher: Tensor) -> Tensor:
@@ -53,8 +32,8 @@ def hcl_by_height(student: Tensor, teacher: Tensor) -> Tensor:
             continue
         weight /= 2
         total += weight
-        pooled = [F.adaptive_avg_pool2d(t, (level, level)) for t in (student, teacher)]
-        loss = loss + weight * F.mse_loss(*pooled)
+        pooled_s, pooled_t = (F.adaptive_avg_pool2d(t, (level, level)) for t in (student, teacher))
+        loss = loss + weight * F.mse_loss(pooled_s, pooled_t)
     return loss / total
 
 
@@ -186,22 +165,21 @@ def projection_key(embed: int, stage: int) -> str:
     return f"embed{stage if embed == 5 else 1}_linearproject"
 
 
-def nearest_index(out_size: int, in_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def nearest_index(out_size: int, in_size: int) -> Tensor:
     """Computes the source index of each output pixel of nearest interpolation along one axis.
 
     Args:
         out_size: Output size in pixels.
         in_size: Input size in pixels.
-        dtype: Dtype of the map, which is that of the scale: float64 for float64, else float32.
 
     Returns:
-        min(floor(i * (in_size / out_size)), in_size - 1) for i in [0, out_size), int64.
+        min(floor(i * (in_size / out_size)), in_size - 1) for i in [0, out_size) in float32 arithmetic, int64.
 
-    Source: `torch.nn.functional.interpolate`; differs in rare pairs from (i * in_size) // out_size, e.g. 2 to 82.
+    Source: `torch.nn.functional.interpolate` of every dtype, float64 included. In rare pairs of sizes, 2 to 82 for
+        one, this is not (i * in_size) // out_size.
     """
-    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = torch.tensor(in_size, dtype=scale_dtype) / out_size
-    return (torch.arange(out_size, dtype=scale_dtype) * scale).floor().long().clamp(max=in_size - 1)
+    scale = torch.tensor(in_size, dtype=torch.float32) / out_size
+    return (torch.arange(out_size, dtype=torch.float32) * scale).floor().long().clamp(max=in_size - 1)
 
 
 def cross_entropy_2d(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -1,14 +1,16 @@
-"""Hands a batch norm module's parameters and settings to an op."""
+"""Hands the parameters of torch's layers to an op."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transkd_fast.functional import BatchNorm
 
 
-def batch_norm_of(module: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
+def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
     """Collects what an op needs to normalise as the module would.
 
     Args:
@@ -34,6 +36,18 @@ def batch_norm_of(module: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
         module.momentum,
         module.eps,
     )
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Collects the parameters of a linear layer or a convolution that has a bias.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        Its weight and its bias (not copied).
+    """
+    return cast(Tensor, layer.weight), cast(Tensor, layer.bias)
 
 
 def world_size() -> int:

@@ -1,0 +1,199 @@
+"""The modules on their own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from transkd_fast import functional
+from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, PatchEmbedding, SelfAttention
+from transkd_fast.transkd import TransKD
+
+IN, OUT = (4, 6, 8, 10), (5, 7, 9, 11)
+
+
+def maps(channels=IN, batch=2, hw=(17, 25), requires_grad=False):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [hw]
+    for _ in channels[1:]:
+        sizes.append(tuple((n - 1) // 2 + 1 for n in sizes[-1]))
+    tensors = [torch.randn(batch, c, *size, generator=generator) for c, size in zip(channels, sizes, strict=True)]
+    return [t.requires_grad_(requires_grad) for t in tensors]
+
+
+def tokens(channels=IN, **options):
+    return [t.flatten(2).transpose(1, 2) for t in maps(channels, **options)]
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_csf_maps_keep_size_and_take_the_teachers_channels(layout):
+    torch.manual_seed(0)
+    module, xs = CSF(IN, OUT, mid_channels=8), maps()
+    out = module([x.contiguous(memory_format=layout) for x in xs])
+    assert [t.shape for t in out] == [t.shape for t in maps(OUT)]
+    assert [module[i].conv2[0].out_channels for i in range(4)] == list(reversed(OUT))
+
+
+def test_csf_stages_pass_the_fused_map_on_coarse_to_fine():
+    """Each output depends on its own stage and the coarser ones only."""
+    module, xs = CSF(IN, OUT, mid_channels=8).eval(), maps(requires_grad=True)
+    for m, output in enumerate(module(xs)):
+        grads = torch.autograd.grad(output.square().sum(), xs, allow_unused=True, retain_graph=True)
+        assert [g is not None and bool(g.abs().max() > 0) for g in grads] == [k >= m for k in range(4)]
+
+
+@pytest.mark.parametrize(("mid", "reduction", "squeezed"), [(64, 16, 32), (66, 2, 33), (8, 16, 32)])
+def test_csf_squeeze_width(mid, reduction, squeezed):
+    module = CSF(IN, OUT, mid, reduction)
+    assert not hasattr(module[0], "fc")
+    assert module[1].fc[0].weight.shape == module[1].fc1[0].weight.shape == (squeezed, mid, 1, 1)
+
+
+def test_csf_second_squeeze_layer_is_used_in_legacy_mode_only():
+    plain, old = CSF(IN, OUT, 8), CSF(IN, OUT, 8, legacy=True)
+    plain.load_state_dict(old.state_dict())
+    single, pair = maps(batch=1), maps(batch=2)
+    plain.eval(), old.eval()
+    torch.testing.assert_close(plain(pair), old(pair), rtol=0, atol=0)
+    assert (plain(single)[0] - old(single)[0]).abs().max() > 1e-4
+    torch.testing.assert_close(plain(single)[3], old(single)[3], rtol=0, atol=0)
+    old.train()
+    sum(t.square().sum() for t in old(single)).backward()
+    assert old[1].fc[0].weight.grad is None and old[1].fc1[0].weight.grad is not None
+    assert old[1].fc[1].num_batches_tracked == 0
+
+
+def test_csf_of_a_single_pixel_in_training():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        CSF(IN, OUT, 8)(maps(batch=1, hw=(8, 8)))
+
+
+def test_csf_bad_input():
+    module = CSF(IN, OUT, 8)
+    with pytest.raises(ValueError, match=r"CSF: expected 4 maps .* channels \[4, 6, 8, 10\]"):
+        module(maps()[::-1])
+    with pytest.raises(ValueError, match="CSF: expected 4 maps"):
+        module(maps()[:3])
+    with pytest.raises(ValueError, match="one entry per stage"):
+        CSF(IN, OUT[:3])
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda *args: 2)
+
+
+def test_legacy_over_processes_is_rejected(two_processes):
+    with pytest.raises(ValueError, match="one process with legacy=True, got 2"):
+        CSF(IN, OUT, 8, legacy=True)
+    with pytest.raises(ValueError, match="one process with legacy=True, got 2"):
+        TransKD(nn.Identity(), IN, OUT, legacy=True)
+    CSF(IN, OUT, 8)
+
+
+def test_legacy_module_in_processes_started_later_is_rejected(monkeypatch):
+    module = CSF(IN, OUT, 8, legacy=True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda *args: 2)
+    with pytest.raises(ValueError, match="one process with legacy=True"):
+        module(maps())
+
+
+def test_synchronised_batch_norm_is_rejected(two_processes):
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(CSF(IN, OUT, 8)[1])
+    with pytest.raises(NotImplementedError, match="SyncBatchNorm"):
+        module(torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 2, 2))
+
+
+def test_pea():
+    module, xs, targets = PEA(IN, OUT), tokens(), tokens(OUT)
+    projected = module(xs)
+    weights = (0.5, 1.0, 2.0, 4.0)
+    expected = sum(w * F.mse_loss(p, t) for w, p, t in zip(weights, projected, targets, strict=True))
+    torch.testing.assert_close(module.loss(xs, targets, weights), expected)
+    torch.testing.assert_close(module.loss(maps(), maps(OUT), weights), expected)
+    assert list(module.state_dict()) == [f"{m}.{p}" for m in range(4) for p in ("weight", "bias")]
+    for call in (lambda: module(xs[:3]), lambda: module.loss(xs[:3], targets)):
+        with pytest.raises(ValueError, match="PEA: expected 4 embeddings, got 3"):
+            call()
+    with pytest.raises(ValueError, match="one entry per stage"):
+        PEA(IN, OUT[:3])
+
+
+def test_self_attention_is_torchs():
+    torch.manual_seed(0)
+    module, theirs = SelfAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.in_proj_weight.data.copy_(module.qkv.weight)
+    theirs.in_proj_bias.data.zero_()
+    theirs.out_proj.load_state_dict(module.proj.state_dict())
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(module(x), theirs(x, x, x)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", (False, True))
+def test_gl_mixer(residual):
+    torch.manual_seed(0)
+    module, e = GLMixer(16, num_heads=4, residual=residual), torch.randn(2, 7, 16)
+    assert module.attention_weight.item() == module.conv_weight.item() == 1
+    channels_first = e.transpose(1, 2)
+    local = (module.conv_a(channels_first) * module.conv_b(channels_first).sigmoid()).transpose(1, 2)
+    torch.testing.assert_close(module(e), module.attention(e) + local + (e if residual else 0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="num_heads to divide dim 16, got 3"):
+        GLMixer(16, 3)
+
+
+def test_embedding_assistant():
+    torch.manual_seed(0)
+    module, images = EmbeddingAssistant(IN, OUT, image_channels=2), torch.randn(2, 2, 65, 97)
+    xs = maps()
+    for embedding, conv, out in zip(module.embeddings, (images, *xs[:3]), module(images, xs), strict=True):
+        weight, bias = embedding.proj.weight.contiguous(), embedding.proj.bias
+        stride, padding = (4, 3) if conv is images else (2, 1)
+        expected = F.conv2d(conv, weight, bias, stride, padding).flatten(2).transpose(1, 2)
+        expected = F.layer_norm(expected, expected.shape[2:], embedding.norm.weight, embedding.norm.bias, 1e-5)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert [t.shape for t in module(images, xs)] == [t.shape for t in tokens(OUT)]
+    assert [p.item() for p in (*module.projection_scales, *module.assistant_scales)] == pytest.approx(
+        [0.1 * i for i in range(1, 9)]
+    )
+    with pytest.raises(ValueError, match="EmbeddingAssistant: expected 4 maps"):
+        module(images, xs[:3])
+    with pytest.raises(ValueError, match="one entry per stage"):
+        EmbeddingAssistant(IN, OUT[:3])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_patch_embedding_makes_tokens_without_a_copy(dtype):
+    module = PatchEmbedding(3, 8, patch_size=3, stride=2).to(dtype)
+    module.load_state_dict(PatchEmbedding(3, 8, patch_size=3, stride=2).state_dict())
+    assert module.proj(torch.zeros(2, 3, 8, 10, dtype=dtype)).flatten(2).transpose(1, 2).is_contiguous()
+
+
+def test_hcl_loss():
+    student, teacher = maps(OUT), [t.flip(0) for t in maps(OUT)]
+    weights = (0.1, 0.1, 0.5, 1.0)
+    stages = [functional.hcl_loss([s], [t]) for s, t in zip(student, teacher, strict=True)]
+    torch.testing.assert_close(HCLLoss()(student, teacher), sum(stages))
+    expected = sum(w * loss for w, loss in zip(weights, stages, strict=True))
+    torch.testing.assert_close(HCLLoss(weights)(student, teacher), expected)
+    assert "0.5" in repr(HCLLoss(weights))
+
+
+def test_cwd_loss():
+    student, teacher = maps(OUT), [t.flip(0) for t in maps(OUT)]
+    weights = (0.1, 0.1, 0.5, 1.0)
+    stages = [functional.cwd_loss(s, t, 4.0) for s, t in zip(student, teacher, strict=True)]
+    torch.testing.assert_close(CWDLoss(4.0)(student, teacher), sum(stages))
+    expected = sum(w * loss for w, loss in zip(weights, stages, strict=True))
+    torch.testing.assert_close(CWDLoss(4.0, weights)(student, teacher), expected)
+    assert "temperature=4.0" in repr(CWDLoss(4.0))
+    for call, message in (
+        (lambda: CWDLoss(-1.0), "temperature to be positive"),
+        (lambda: CWDLoss()([], []), "at least one stage"),
+        (lambda: CWDLoss()(student, teacher[:3]), "teacher_maps to have 4 entries"),
+        (lambda: CWDLoss(1.0, (1.0,))(student, teacher), "stage_weights to have 4 entries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

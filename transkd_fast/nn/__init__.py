@@ -1,0 +1,9 @@
+"""Modules over the ops: CSF, PEA, the GL-Mixer, the embedding assistant, and the losses."""
+
+from transkd_fast.nn.csf import CSF
+from transkd_fast.nn.embedding_assistant import EmbeddingAssistant, PatchEmbedding
+from transkd_fast.nn.gl_mixer import GLMixer, SelfAttention
+from transkd_fast.nn.losses import CWDLoss, HCLLoss
+from transkd_fast.nn.pea import PEA
+
+__all__ = ["CSF", "PEA", "CWDLoss", "EmbeddingAssistant", "GLMixer", "HCLLoss", "PatchEmbedding", "SelfAttention"]

@@ -1,0 +1,40 @@
+"""What the autograd Functions of all ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """Passes a gradient on; differentiating it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"{ctx.op}: second derivatives are not supported by the fused kernels; use backend='eager' for them"
+        )
+
+
+def first_derivative(op: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+    """Marks a gradient that a kernel computed, so that a second derivative raises instead of being silently zero.
+
+    ``once_differentiable`` does so only where the upstream gradient requires grad; the gradient of a loss also depends
+    on its inputs.
+
+    Args:
+        op: name of the op, for the message.
+        gradient: what the backward returns.
+        *sources: the tensors that it was computed from.
+
+    Returns:
+        The gradient; under ``create_graph=True`` with a node that raises when it is differentiated.
+    """
+    return _FirstDerivativeOnly.apply(op, gradient, *sources) if torch.is_grad_enabled() else gradient

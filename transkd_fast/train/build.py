@@ -1,0 +1,305 @@
+"""From a configuration to datasets, loaders, models and tasks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from transkd_fast import data, functional, models
+from transkd_fast.models import StageOutputs
+from transkd_fast.train.config import Config, ConfigError, FitConfig, ModelConfig
+from transkd_fast.transkd import TransKD
+
+Log = Callable[[str], None]
+
+
+class Network(nn.Module):
+    """What the trainer asks of a network, for the type checker: ``forward(images, features_only) -> StageOutputs``."""
+
+    channels: tuple[int, ...]
+    num_classes: int
+
+
+def derived_seed(seed: int, purpose: str, number: int = 0) -> int:
+    """A seed for one purpose, so that no two parts of a run draw the same numbers.
+
+    Args:
+        seed: the run's seed.
+        purpose: what it is for, e.g. "student".
+        number: a counter, e.g. the epoch.
+
+    Returns:
+        A number in [0, 2^32).
+    """
+    return zlib.crc32(f"{seed}/{purpose}/{number}".encode())
+
+
+def select_device(name: str) -> torch.device:
+    """The device of a run.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name!r} is not there, torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use device=cpu or device=auto"
+        )
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The autocast context of a precision.
+
+    Args:
+        device: where the step runs.
+        precision: "fp32" or "bf16".
+
+    Returns:
+        A context manager; a plain one for fp32.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def build_dataset(config: Config, split: str) -> data.SegmentationDataset:
+    """One split of the configured dataset, with the transforms of that split.
+
+    Args:
+        config: the run's configuration.
+        split: "train" or "val".
+
+    Returns:
+        The dataset.
+
+    Raises:
+        DataError: if files are missing or broken.
+        ConfigError: if an option does not fit the dataset.
+    """
+    settings = config.data
+    height, width = settings.size
+    if split == "val":
+        transforms = data.eval_transforms((height, width))
+    elif settings.augment == "published":
+        transforms = data.published_transforms((height, width))
+    elif settings.augment == "scale_crop":
+        low, high = settings.scale
+        transforms = data.train_transforms((height, width), (low, high), settings.flip, settings.jitter)
+    else:
+        transforms = data.train_transforms((height, width), (1.0, 1.0), 0.0)
+    length = settings.train_length if split == "train" else settings.val_length
+    try:
+        return data.create(
+            settings.name, split, settings.root, (height, width), transforms, length, config.seed, settings.cache
+        )
+    except data.DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def build_loader(
+    config: Config, dataset: data.SegmentationDataset, fit: FitConfig, phase: str, train: bool
+) -> DataLoader[Any]:
+    """A loader that repeats itself for the same seed and epoch.
+
+    Args:
+        config: the run's configuration.
+        dataset: what it loads.
+        fit: gives the batch size.
+        phase: name that the order is derived from.
+        train: shuffle, and drop the last batch when it is not full.
+
+    Returns:
+        The loader.
+
+    Raises:
+        ConfigError: if the dataset yields no batch.
+    """
+    seed = derived_seed(config.seed, phase)
+    try:
+        return data.make_loader(dataset, fit.batch_size, train, seed, config.data.workers, drop_last=train)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def build_model(config: Config, settings: ModelConfig, num_classes: int, purpose: str, log: Log) -> Network:
+    """A network with seeded or loaded weights.
+
+    Args:
+        config: the run's configuration.
+        settings: which network.
+        num_classes: number of logits unless the settings say otherwise.
+        purpose: "teacher" or "student".
+        log: receives the loading report.
+
+    Returns:
+        The network on the run's device.
+
+    Raises:
+        WeightsError: if weights are named and do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, purpose))
+        classes = settings.num_classes or num_classes
+        model = cast(Network, models.create(settings.model, num_classes=classes, drop_path_rate=settings.drop_path))
+    if settings.weights is not None:
+        log(f"{purpose}: {models.load_weights(model, settings.weights)}")
+    return model.to(select_device(config.device))
+
+
+def build_transkd(config: Config, student: Network, teacher: Network) -> TransKD:
+    """The student with the modules that distillation trains beside it.
+
+    Args:
+        config: the run's configuration.
+        student: the student.
+        teacher: the teacher; only its channels are looked at.
+
+    Returns:
+        The wrapper on the run's device.
+    """
+    settings = config.distill
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, "transkd"))
+        model = TransKD(
+            student,
+            student.channels,
+            teacher.channels,
+            variant=settings.variant,
+            mid_channels=settings.mid_channels,
+            legacy=settings.legacy,
+            features=settings.feature_loss is not None,
+            embeddings=settings.embeddings,
+            feature_loss=settings.feature_loss or "hcl",
+            feature_weights=settings.feature_stage_weights,
+            embedding_weights=settings.embedding_stage_weights,
+            temperature=settings.temperature,
+        )
+    return model.to(select_device(config.device))
+
+
+class SegmentationTask:
+    """Training a network on labels alone.
+
+    Args:
+        model: the network; returns StageOutputs.
+        class_weights: [K] factors in the cross-entropy, or None.
+    """
+
+    def __init__(self, model: nn.Module, class_weights: Tensor | None = None) -> None:
+        self.model = model
+        self.class_weights = class_weights
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that is evaluated and exported."""
+        return self.model
+
+    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The weighted loss terms of a batch; training minimises their sum.
+
+        Args:
+            images: [B, 3, H, W], RGB in [0, 1].
+            labels: int64 [B, H, W].
+
+        Returns:
+            0-d tensors by name.
+        """
+        return {"ce": functional.seg_ce_loss(self.model(images).logits, labels, self.class_weights)}
+
+
+class DistillationTask:
+    """Training a student against labels and a frozen teacher.
+
+    Args:
+        model: the wrapped student.
+        teacher: the teacher; it is frozen, in eval mode, and runs without its decoder.
+        feature_weight: factor of the feature loss.
+        embedding_weight: factor of the patch-embedding loss.
+        class_weights: [K] factors in the cross-entropy, or None.
+    """
+
+    def __init__(
+        self,
+        model: TransKD,
+        teacher: nn.Module,
+        feature_weight: float = 1.0,
+        embedding_weight: float = 1.0,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        self.model = model
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.weights = {model.feature_loss: feature_weight, "pea": embedding_weight}
+        self.class_weights = class_weights
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that is evaluated and exported."""
+        return self.model.student
+
+    def teach(self, images: Tensor) -> StageOutputs:
+        """The teacher's features and embeddings.
+
+        no_grad, not inference_mode: tensors made under inference_mode cannot be saved for the student's backward.
+        """
+        with torch.no_grad():
+            return self.teacher(images, features_only=True)
+
+    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The weighted loss terms of a batch; training minimises their sum.
+
+        Args:
+            images: [B, 3, H, W], RGB in [0, 1].
+            labels: int64 [B, H, W].
+
+        Returns:
+            0-d tensors by name.
+        """
+        output = self.model(images, self.teach(images))
+        terms = {"ce": functional.seg_ce_loss(output.logits, labels, self.class_weights)}
+        return terms | {name: self.weights[name] * loss for name, loss in output.losses.items()}
+
+
+Task = SegmentationTask | DistillationTask
+
+
+def class_weights(config: FitConfig, num_classes: int, key: str, device: torch.device) -> Tensor | None:
+    """The class weights as a tensor.
+
+    Args:
+        config: the training's settings.
+        num_classes: number of logits.
+        key: the settings' place in the configuration, for messages.
+        device: where to put it.
+
+    Returns:
+        float32 [K], or None for equal weights.
+
+    Raises:
+        ConfigError: if there is not one weight per class.
+    """
+    if config.class_weights is None:
+        return None
+    if len(config.class_weights) != num_classes:
+        raise ConfigError(
+            f"{key}.class_weights: expected {num_classes} factors, one per class, got {len(config.class_weights)}"
+        )
+    return torch.tensor(config.class_weights, dtype=torch.float32, device=device)

@@ -1,0 +1,390 @@
+"""The configuration of a run: typed dataclasses, filled from a YAML file and dotted overrides."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from transkd_fast.backends import BACKENDS
+from transkd_fast.data import DATASETS
+from transkd_fast.models import MODELS
+
+
+class ConfigError(ValueError):
+    """A configuration file or override that cannot be used; the message names the key."""
+
+
+@dataclass
+class DataConfig:
+    """Which images, at which size, augmented how.
+
+    Args:
+        name: dataset, one of ``transkd_fast.data.DATASETS``.
+        root: folder of a dataset that is read from files.
+        size: height and width that images are trained and evaluated at, pixels.
+        augment: "scale_crop" (random scale, crop, flip, jitter), "published" (flip, shift by up to 2 px) or "none".
+        scale: range of the random scale of "scale_crop".
+        flip: probability of a horizontal flip of "scale_crop".
+        jitter: strength of the colour jitter of "scale_crop", 0 for none.
+        train_length: number of training frames of a procedural dataset.
+        val_length: number of validation frames of a procedural dataset.
+        cache: keep a procedural dataset's drawn scenes in memory.
+        workers: loader processes; 0 loads in the training process.
+        check: read every file once before training, so that a broken one is an error now and not in epoch 7.
+    """
+
+    name: str = "street_scenes"
+    root: str | None = None
+    size: list[int] = field(default_factory=lambda: [512, 1024])
+    augment: str = "scale_crop"
+    scale: list[float] = field(default_factory=lambda: [0.75, 1.5])
+    flip: float = 0.5
+    jitter: float = 0.0
+    train_length: int | None = None
+    val_length: int | None = None
+    cache: bool = True
+    workers: int = 0
+    check: bool = True
+
+
+@dataclass
+class FitConfig:
+    """How one model is trained: AdamW with a per-iteration schedule.
+
+    Args:
+        epochs: passes over the training frames.
+        batch_size: frames per step.
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay.
+        betas: AdamW's moment coefficients.
+        warmup_steps: steps of linear warm-up.
+        power: exponent of the polynomial decay to 0 (1 is linear).
+        clip_norm: limit of the gradients' global norm; none switches clipping off.
+        class_weights: factor per class in the cross-entropy; none for 1 each.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+    """
+
+    epochs: int = 100
+    batch_size: int = 2
+    lr: float = 6e-5
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    warmup_steps: int = 0
+    power: float = 1.0
+    clip_norm: float | None = 1.0
+    class_weights: list[float] | None = None
+    eval_every: int = 1
+
+
+@dataclass
+class ModelConfig:
+    """Which network.
+
+    Args:
+        model: one of ``transkd_fast.models.MODELS``.
+        weights: file to load, strictly; none for random weights.
+        num_classes: number of logits; none for the dataset's number of classes.
+        drop_path: rate of stochastic depth at the last block.
+    """
+
+    model: str = "segformer_b0"
+    weights: str | None = None
+    num_classes: int | None = None
+    drop_path: float = 0.1
+
+
+@dataclass
+class TeacherConfig(ModelConfig):
+    """The teacher; without weights it is trained first, as ``fit`` says.
+
+    Args:
+        fit: its training.
+    """
+
+    model: str = "segformer_b2"
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+@dataclass
+class DistillConfig:
+    """The distillation terms, see :class:`transkd_fast.TransKD`.
+
+    Args:
+        enabled: False trains the student alone.
+        variant: "base", "gl" or "ea".
+        mid_channels: width of CSF.
+        legacy: the published batch-1 rule.
+        feature_loss: "hcl" or "cwd" between CSF's maps and the teacher's features; none for no CSF.
+        feature_weight: factor of the feature loss.
+        feature_stage_weights: factor per stage in it, fine to coarse.
+        embeddings: stages whose patch embeddings are aligned, out of 1 to 4.
+        embedding_weight: factor of the patch-embedding loss.
+        embedding_stage_weights: factor per stage in it, fine to coarse.
+        temperature: of "cwd".
+    """
+
+    enabled: bool = True
+    variant: str = "base"
+    mid_channels: int = 64
+    legacy: bool = False
+    feature_loss: str | None = "hcl"
+    feature_weight: float = 1.0
+    feature_stage_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0])
+    embeddings: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
+    embedding_weight: float = 1.0
+    embedding_stage_weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.5, 1.0])
+    temperature: float = 1.0
+
+
+@dataclass
+class VerifyConfig:
+    """How ``transkd verify`` compares; see :mod:`transkd_fast.train.verify`.
+
+    Args:
+        batches: number of batches.
+        batch_size: frames per batch.
+        limit_fp32: largest max-norm relative difference allowed in fp32.
+        limit_bf16: the same in bf16.
+    """
+
+    batches: int = 2
+    batch_size: int = 4
+    limit_fp32: float = 1e-4
+    limit_bf16: float = 2e-2
+
+
+@dataclass
+class Config:
+    """A whole run.
+
+    Args:
+        run_dir: folder that receives everything the run writes.
+        seed: seed of weights, orders and augmentations.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "fp32" or "bf16" (autocast).
+        backend: "auto" or one of ``transkd_fast.backends.BACKENDS``, for all ops.
+        threads: CPU threads of torch; none leaves torch's choice.
+        keep_memory: on CPU with glibc, keep freed memory in the process (see ``transkd_fast.train.memory``).
+        resume: go on from the run folder's last checkpoints.
+        log_every: steps between updates of the progress bar and checks for non-finite losses.
+        data: images.
+        teacher: teacher.
+        student: student.
+        fit: training of the student.
+        distill: distillation terms.
+        verify: comparison of backends.
+    """
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    backend: str = "auto"
+    threads: int | None = None
+    keep_memory: bool = True
+    resume: bool = False
+    log_every: int = 10
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: ModelConfig = field(default_factory=ModelConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: YAML file; None for the defaults.
+        overrides: ``dotted.key=value`` strings, applied after the file.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: if the file cannot be read, a key is unknown, or a value has the wrong type or range.
+    """
+    merged = OmegaConf.structured(Config)
+    if path is not None:
+        merged = _merge(merged, _read_yaml(Path(path)), str(path))
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not all(key.split(".")):
+            raise ConfigError(f"override {override!r}: expected the form dotted.key=value")
+        try:
+            addition = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
+        merged = _merge(merged, addition, f"override {override!r}")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(f"bad value for {error.full_key!r}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write a configuration as YAML that :func:`load_config` reads back.
+
+    Args:
+        config: the configuration.
+        path: the file.
+    """
+    OmegaConf.save(OmegaConf.structured(config), Path(path))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a YAML configuration") from None
+    except Exception as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top, got a {type(content).__name__}")
+    return content
+
+
+def _merge(base: Any, addition: DictConfig, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, addition)
+    except ConfigKeyError as error:
+        key = error.full_key or str(error.key)
+        close = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{source}: unknown key {key!r}{hint}") from error
+    except OmegaConfBaseException as error:
+        sections = sorted({key.rpartition(".")[0] for key in _keys(Config)} - {""})
+        scalars = (
+            key for key in sections if not isinstance(OmegaConf.select(addition, key, default={}), (dict, DictConfig))
+        )
+        key = error.full_key or next(scalars, None)
+        raise ConfigError(f"{source}: bad value for {key!r}: {str(error).splitlines()[0]}") from error
+
+
+def _keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    for item in fields(cls):
+        yield prefix + item.name
+        default = item.default_factory() if callable(item.default_factory) else None
+        if is_dataclass(default):
+            yield from _keys(default, f"{prefix}{item.name}.")
+
+
+def _expect(condition: bool, key: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+def _positive(key: str, value: float) -> None:
+    _expect(0 < value < math.inf, key, "a positive number", value)
+
+
+def _not_negative(key: str, value: float) -> None:
+    _expect(0 <= value < math.inf, key, "a number >= 0", value)
+
+
+def _one_of(key: str, value: Any, names: Sequence[str | None]) -> None:
+    _expect(value in names, key, "one of " + ", ".join(repr(name) for name in names), value)
+
+
+def check_config(config: Config) -> None:
+    """Check the ranges that types do not express.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what came.
+    """
+    _expect(bool(config.run_dir), "run_dir", "the name of a folder", config.run_dir)
+    _one_of("precision", config.precision, ("fp32", "bf16"))
+    _one_of("backend", config.backend, ("auto", *BACKENDS))
+    device = config.device.split(":")[0]
+    _expect(device in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu', 'cuda' or 'cuda:N'", config.device)
+    _expect(config.threads is None or config.threads > 0, "threads", "a positive number or none", config.threads)
+    _positive("log_every", config.log_every)
+    _not_negative("seed", config.seed)
+    _check_data(config.data)
+    for name, fit in (("fit", config.fit), ("teacher.fit", config.teacher.fit)):
+        _check_fit(name, fit)
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        _one_of(f"{name}.model", model.model, tuple(MODELS))
+        _expect(0 <= model.drop_path < 1, f"{name}.drop_path", "a rate in [0, 1)", model.drop_path)
+        _expect(
+            model.num_classes is None or model.num_classes > 1, f"{name}.num_classes", "at least 2", model.num_classes
+        )
+    _check_distill(config.distill)
+    for key in ("batches", "batch_size", "limit_fp32", "limit_bf16"):
+        _positive(f"verify.{key}", getattr(config.verify, key))
+
+
+def _check_data(data: DataConfig) -> None:
+    _one_of("data.name", data.name, tuple(DATASETS))
+    _expect(len(data.size) == 2 and min(data.size) >= 32, "data.size", "[height, width], each >= 32", data.size)
+    _one_of("data.augment", data.augment, ("scale_crop", "published", "none"))
+    _expect(
+        len(data.scale) == 2 and 0 < data.scale[0] <= data.scale[1] < math.inf,
+        "data.scale",
+        "[low, high], 0 < low",
+        data.scale,
+    )
+    _expect(0 <= data.flip <= 1, "data.flip", "a probability", data.flip)
+    _expect(0 <= data.jitter < 1, "data.jitter", "a strength in [0, 1)", data.jitter)
+    _not_negative("data.workers", data.workers)
+    for key in ("train_length", "val_length"):
+        length = getattr(data, key)
+        _expect(length is None or length > 0, f"data.{key}", "a positive number or none", length)
+
+
+def _check_fit(name: str, fit: FitConfig) -> None:
+    for key in ("epochs", "batch_size", "lr", "power", "eval_every"):
+        _positive(f"{name}.{key}", getattr(fit, key))
+    for key in ("weight_decay", "warmup_steps"):
+        _not_negative(f"{name}.{key}", getattr(fit, key))
+    _expect(
+        len(fit.betas) == 2 and all(0 <= b < 1 for b in fit.betas), f"{name}.betas", "two numbers in [0, 1)", fit.betas
+    )
+    _expect(fit.clip_norm is None or fit.clip_norm > 0, f"{name}.clip_norm", "a positive number or none", fit.clip_norm)
+    factors = fit.class_weights
+    _expect(
+        factors is None or (all(0 <= f < math.inf for f in factors) and sum(factors) > 0),
+        f"{name}.class_weights",
+        "factors >= 0, not all of them 0",
+        factors,
+    )
+
+
+def _check_distill(distill: DistillConfig) -> None:
+    _one_of("distill.variant", distill.variant, ("base", "gl", "ea"))
+    _one_of("distill.feature_loss", distill.feature_loss, ("hcl", "cwd", None))
+    for key in ("mid_channels", "temperature"):
+        _positive(f"distill.{key}", getattr(distill, key))
+    for key in ("feature_weight", "embedding_weight"):
+        _not_negative(f"distill.{key}", getattr(distill, key))
+    for key in ("feature_stage_weights", "embedding_stage_weights"):
+        weights = getattr(distill, key)
+        fits = len(weights) == 4 and all(0 <= weight < math.inf for weight in weights)
+        _expect(fits, f"distill.{key}", "four factors >= 0, one per stage", weights)
+    stages = distill.embeddings
+    _expect(
+        len(set(stages)) == len(stages) and set(stages) <= {1, 2, 3, 4},
+        "distill.embeddings",
+        "stages out of 1..4",
+        stages,
+    )
+    if distill.variant == "gl":
+        _expect(4 in stages, "distill.embeddings", "stage 4 among them, which variant 'gl' mixes", stages)
+    if distill.variant == "ea":
+        _expect(bool(stages), "distill.embeddings", "a stage that variant 'ea' assists", stages)
+    nothing = distill.enabled and distill.feature_loss is None and not stages
+    _expect(not nothing, "distill.enabled", "false where neither feature_loss nor embeddings are distilled", True)

@@ -1,0 +1,297 @@
+"""The training loop: one task, epoch by epoch, with evaluation, metrics file and checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from transkd_fast import backends
+from transkd_fast.data import EpochSampler
+from transkd_fast.train.build import Log, Task, autocast, derived_seed
+from transkd_fast.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from transkd_fast.train.config import Config, FitConfig
+from transkd_fast.train.metrics import Scores, SegmentationMeter
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, e.g. with a loss that is not finite."""
+
+
+@dataclass
+class FitResult:
+    """What a training came to.
+
+    Args:
+        scores: evaluation after the last epoch.
+        best_miou: best mIoU of any evaluation.
+        images_per_second: of the training steps, data loading included, over all epochs run in this process.
+        last: checkpoint after the last epoch.
+        best: checkpoint of the best mIoU.
+    """
+
+    scores: Scores
+    best_miou: float
+    images_per_second: float
+    last: Path
+    best: Path
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, precision: str
+) -> Scores:
+    """Score a network at label size.
+
+    Args:
+        model: returns StageOutputs with logits; its mode is put back afterwards.
+        loader: yields images [B, 3, h, w] and labels [B, H, W].
+        num_classes: number of classes of the dataset.
+        device: where to run.
+        precision: "fp32" or "bf16".
+
+    Returns:
+        The scores over the whole loader.
+    """
+    training = model.training
+    model.eval()
+    meter = SegmentationMeter(num_classes, device)
+    for images, labels in loader:
+        with autocast(device, precision):
+            logits = model(images.to(device, non_blocking=True)).logits
+        meter.update(logits, labels.to(device, torch.int64, non_blocking=True))
+    model.train(training)
+    return meter.compute()
+
+
+def learning_rate(fit: FitConfig, step: int, total: int) -> float:
+    """The rate of one step: linear warm-up, then polynomial decay that reaches 0 at the end.
+
+    Args:
+        fit: the training's settings.
+        step: number of steps already made.
+        total: number of steps of the whole training.
+
+    Returns:
+        The learning rate.
+    """
+    if step < fit.warmup_steps:
+        return fit.lr * (step + 1) / fit.warmup_steps
+    progress = (step - fit.warmup_steps) / max(1, total - fit.warmup_steps)
+    return fit.lr * (1 - min(progress, 1.0)) ** fit.power
+
+
+class Trainer:
+    """Trains one task of a run.
+
+    Args:
+        config: the run's configuration.
+        name: "teacher" or "student"; also the folder's name and the seed's purpose.
+        task: gives the losses.
+        fit: epochs, batch size, optimiser.
+        train_loader: training batches.
+        val_loader: validation batches.
+        classes: class names of the dataset.
+        folder: where metrics.csv, last.pt and best.pt go; made if missing.
+        meta: facts kept in the checkpoint, from which `transkd eval` builds the network again.
+        log: receives one line per epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        task: Task,
+        fit: FitConfig,
+        train_loader: DataLoader[Any],
+        val_loader: DataLoader[Any],
+        classes: Sequence[str],
+        folder: Path,
+        meta: dict[str, Any],
+        log: Log = tqdm.write,
+    ) -> None:
+        self.config, self.name, self.task, self.fit_config = config, name, task, fit
+        self.train_loader, self.val_loader, self.classes = train_loader, val_loader, tuple(classes)
+        self.folder, self.meta, self.log = folder, meta, log
+        self.device = next(task.model.parameters()).device
+        self.total_steps = fit.epochs * len(train_loader)
+        betas = (fit.betas[0], fit.betas[1])
+        parameters = [p for p in task.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=fit.lr, betas=betas, weight_decay=fit.weight_decay)
+        self.epoch = 0
+        self.best_miou = -math.inf
+        self.last_scores: Scores | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def last(self) -> Path:
+        """Checkpoint after the last finished epoch."""
+        return self.folder / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint of the best mIoU."""
+        return self.folder / "best.pt"
+
+    def fit(self) -> FitResult:
+        """Train to the last epoch, from the last checkpoint if the run resumes.
+
+        Returns:
+            The result.
+
+        Raises:
+            TrainingError: if a loss is not finite.
+            CheckpointError: if the checkpoint to resume from is broken or of another run.
+        """
+        if self.config.resume and self.last.exists():
+            self._resume()
+        seconds = images = 0.0
+        with backends.use_backend(self.config.backend):
+            while self.epoch < self.fit_config.epochs:
+                train_row, epoch_images, epoch_seconds = self._train_epoch()
+                images, seconds = images + epoch_images, seconds + epoch_seconds
+                self.epoch += 1
+                due = self.epoch % self.fit_config.eval_every == 0 or self.epoch == self.fit_config.epochs
+                scores = self.evaluate() if due else None
+                self._finish_epoch(train_row, scores)
+        if self.last_scores is None:
+            self.last_scores = self.evaluate()
+        return FitResult(self.last_scores, self.best_miou, images / seconds if seconds else 0.0, self.last, self.best)
+
+    def evaluate(self) -> Scores:
+        """Score the deployed network on the validation frames.
+
+        Returns:
+            The scores.
+        """
+        return evaluate(self.task.deployed, self.val_loader, len(self.classes), self.device, self.config.precision)
+
+    def _train_epoch(self) -> tuple[dict[str, float], int, float]:
+        # Everything random in an epoch follows from its number, so that a resumed run goes the same way.
+        torch.manual_seed(derived_seed(self.config.seed, self.name, self.epoch))
+        cast(EpochSampler, self.train_loader.sampler).set_epoch(self.epoch)
+        self.task.model.train()
+        sums: dict[str, Tensor] = {}
+        images_seen = 0
+        start = time.perf_counter()
+        label = f"{self.name} {self.epoch + 1}/{self.fit_config.epochs}"
+        with tqdm(total=len(self.train_loader), desc=label, unit="step", leave=False) as bar:
+            for index, (images, labels) in enumerate(self.train_loader):
+                terms = self._step(images, labels, self.epoch * len(self.train_loader) + index)
+                for key, value in terms.items():
+                    sums[key] = sums.get(key, 0) + value.detach()
+                images_seen += len(images)
+                bar.update()
+                if (index + 1) % self.config.log_every == 0 or index + 1 == len(self.train_loader):
+                    means = self._finite_means(sums, index + 1)
+                    rate = images_seen / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"{rate:.1f} img/s " + " ".join(f"{k} {v:.3f}" for k, v in means.items()))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        row = {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_seen / seconds}
+        return row | {f"train/{key}": value for key, value in means.items()}, images_seen, seconds
+
+    def _step(self, images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.fit_config, step, self.total_steps)
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, torch.int64, non_blocking=True)
+        with autocast(self.device, self.config.precision):
+            terms = self.task.losses(images, labels)
+        terms = {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        if self.fit_config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.fit_config.clip_norm)
+        self.optimizer.step()
+        return terms
+
+    def _finite_means(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+        means = {key: value.item() / steps for key, value in sums.items()}
+        broken = [key for key, value in means.items() if not math.isfinite(value)]
+        if broken:
+            raise TrainingError(
+                f"{self.name}: the loss terms {', '.join(broken)} are not finite in epoch {self.epoch + 1} within "
+                f"the last {self.config.log_every} steps up to step {steps}; the last whole checkpoint is "
+                f"{self.last if self.last.exists() else 'none'}; try a lower learning rate or precision=fp32"
+            )
+        return means
+
+    def _finish_epoch(self, train_row: dict[str, float], scores: Scores | None) -> None:
+        row: dict[str, Any] = {"epoch": self.epoch, "step": self.epoch * len(self.train_loader), **train_row}
+        row |= {"val/miou": "", "val/pixel_accuracy": "", **{f"val/iou/{name}": "" for name in self.classes}}
+        improved = False
+        if scores is not None:
+            self.last_scores = scores
+            improved = scores.miou > self.best_miou
+            self.best_miou = max(self.best_miou, scores.miou)
+            row |= {"val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}
+            row |= {f"val/iou/{name}": iou for name, iou in zip(self.classes, scores.iou, strict=True)}
+        self._append_metrics(row)
+        save_checkpoint(self._state(), self.last)
+        if improved:
+            save_checkpoint(self._state(), self.best)
+        miou = f"mIoU {100 * scores.miou:.2f} %" if scores is not None else "not evaluated"
+        losses = " ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in train_row.items() if k.startswith("train/"))
+        rate = f"{train_row['images_per_second']:.1f} img/s"
+        self.log(f"{self.name} epoch {self.epoch}/{self.fit_config.epochs}: {losses}, {miou}, {rate}")
+
+    def _append_metrics(self, row: dict[str, Any]) -> None:
+        path = self.folder / "metrics.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **self.meta,
+            "classes": list(self.classes),
+            "model": self.task.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.epoch * len(self.train_loader),
+            "best_miou": self.best_miou,
+            "scores": self.last_scores._asdict() if self.last_scores is not None else None,
+        }
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.last)
+        for key, value in self.meta.items():
+            if state.get(key) != value:
+                raise CheckpointError(
+                    f"{self.last}: expected a checkpoint with {key}={value!r}, got {state.get(key)!r}; "
+                    "resume with the run's own configuration or choose another run_dir"
+                )
+        self.task.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.best_miou = state["epoch"], state["best_miou"]
+        self.last_scores = Scores(**state["scores"]) if state["scores"] is not None else None
+        self._truncate_metrics()
+        self.log(f"{self.name}: resumed from {self.last} after epoch {self.epoch}/{self.fit_config.epochs}")
+
+    def _truncate_metrics(self) -> None:
+        """Drop rows of epochs after the checkpoint; they are run again."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            rows = [row for row in reader if int(row["epoch"]) <= self.epoch]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, header)
+            writer.writeheader()
+            writer.writerows(rows)

@@ -1,0 +1,79 @@
+"""Segmentation scores at label size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from transkd_fast.data import IGNORE_INDEX
+
+
+class Scores(NamedTuple):
+    """Scores of one evaluation.
+
+    Args:
+        miou: mean intersection over union of the classes that occur in labels or predictions, in [0, 1].
+        iou: IoU per class; NaN for a class that does not occur.
+        pixel_accuracy: share of the counted pixels that are right.
+        pixels: number of counted pixels.
+        ignored: number of pixels left out because their label is the ignore index.
+    """
+
+    miou: float
+    iou: list[float]
+    pixel_accuracy: float
+    pixels: int
+    ignored: int
+
+
+class SegmentationMeter:
+    """Collects a confusion matrix over batches, at the size of the labels.
+
+    Args:
+        num_classes: number of classes.
+        device: where logits and labels are.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._matrix = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE_INDEX).to(device)
+        self._ignored = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: [B, K, h, w]; resized bilinearly to the labels' size. Logits beyond ``num_classes`` (a void
+                class that some published models have) take no part.
+            labels: int64 [B, H, W], the ignore index where nothing is to be learnt.
+        """
+        logits = logits[:, : self._matrix.num_classes].float()
+        prediction = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False).argmax(1)
+        self._matrix.update(prediction, labels)
+        self._ignored += (labels == IGNORE_INDEX).sum()
+
+    def compute(self) -> Scores:
+        """The scores over everything added so far.
+
+        Returns:
+            The scores.
+
+        Raises:
+            ValueError: if no pixel was counted.
+        """
+        matrix = self._matrix.compute().double()
+        if matrix.sum() == 0:
+            raise ValueError("evaluation: expected at least one labelled pixel, got only ignored ones")
+        hits = matrix.diag()
+        union = matrix.sum(0) + matrix.sum(1) - hits
+        iou = torch.where(union > 0, hits / union, torch.nan)
+        return Scores(
+            miou=iou.nanmean().item(),
+            iou=iou.tolist(),
+            pixel_accuracy=(hits.sum() / matrix.sum()).item(),
+            pixels=int(matrix.sum().item()),
+            ignored=int(self._ignored.item()),
+        )

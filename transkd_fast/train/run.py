@@ -1,0 +1,276 @@
+"""A whole run: check the data, train or load the teacher, distil the student; and evaluation of what a run left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from transkd_fast import models
+from transkd_fast.train import build
+from transkd_fast.train.build import DistillationTask, Log, Network, SegmentationTask, Task
+from transkd_fast.train.checkpoint import CheckpointError, load_checkpoint
+from transkd_fast.train.config import Config, ConfigError, FitConfig, ModelConfig, load_config, save_config
+from transkd_fast.train.loop import FitResult, Trainer, evaluate
+from transkd_fast.train.memory import keep_freed_memory
+from transkd_fast.train.metrics import Scores
+from transkd_fast.train.verify import VerifyReport, verify
+
+# What may change between the parts of a resumed run without making it another run.
+_FREE_TO_CHANGE = ("run_dir", "resume", "device", "threads", "keep_memory", "log_every", "backend", "verify")
+
+
+@dataclass
+class RunResult:
+    """What a run came to.
+
+    Args:
+        run_dir: the run's folder.
+        before: the student's scores with its initial weights.
+        student: its training.
+        teacher: the teacher's scores, None where the student was trained alone.
+        classes: class names.
+    """
+
+    run_dir: Path
+    before: Scores
+    student: FitResult
+    teacher: Scores | None
+    classes: tuple[str, ...]
+
+
+def prepare_process(config: Config, log: Log = tqdm.write) -> None:
+    """Set what holds for the whole process: threads and the allocator.
+
+    Args:
+        config: the run's configuration.
+        log: receives what could not be set.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.keep_memory and build.select_device(config.device).type == "cpu":
+        reason = keep_freed_memory()
+        if reason is not None:
+            log(f"keep_memory: not in effect: {reason}")
+
+
+def train(config: Config, log: Log = tqdm.write) -> RunResult:
+    """Carry out a run: everything is checked and built before the first step.
+
+    Args:
+        config: the run's configuration.
+        log: receives progress lines.
+
+    Returns:
+        The result; the run folder holds config.yaml, environment.json, summary.json and a folder per trained network.
+
+    Raises:
+        ConfigError: if the configuration does not fit data or machine, or the folder holds another run.
+        DataError: if the data is broken.
+        WeightsError: if weights to load do not fit.
+        TrainingError: if a loss is not finite.
+    """
+    prepare_process(config, log)
+    device = build.select_device(config.device)
+    train_set, val_set = build.build_dataset(config, "train"), build.build_dataset(config, "val")
+    if config.data.check:
+        train_set.check()
+        val_set.check()
+    classes = train_set.classes
+    student = build.build_model(config, config.student, len(classes), "student", log)
+    weights = build.class_weights(config.fit, student.num_classes, "fit", device)
+    teacher = None
+    if config.distill.enabled:
+        teacher = build.build_model(config, config.teacher, len(classes), "teacher", log)
+        build.class_weights(config.teacher.fit, teacher.num_classes, "teacher.fit", device)
+    run_dir = _open_run_dir(config)
+    log(f"run folder {run_dir}; {len(train_set)} training and {len(val_set)} validation frames, {len(classes)} classes")
+
+    def trainer(name: str, task: Task, fit: FitConfig, model: ModelConfig) -> Trainer:
+        loaders = (
+            build.build_loader(config, train_set, fit, name, train=True),
+            build.build_loader(config, val_set, fit, name, train=False),
+        )
+        meta = {"kind": name, "network": model.model, "num_classes": model.num_classes or len(classes)}
+        return Trainer(config, name, task, fit, *loaders, classes, run_dir / name, meta, log)
+
+    teacher_scores = None
+    task: Task
+    if teacher is None:
+        task = SegmentationTask(student, weights)
+    else:
+        teacher_scores = _ready_teacher(config, teacher, trainer, log)
+        settings = config.distill
+        transkd = build.build_transkd(config, student, teacher)
+        task = DistillationTask(transkd, teacher, settings.feature_weight, settings.embedding_weight, weights)
+    student_trainer = trainer("student", task, config.fit, config.student)
+    before = student_trainer.evaluate()
+    log(f"student before training: mIoU {100 * before.miou:.2f} %")
+    result = RunResult(run_dir, before, student_trainer.fit(), teacher_scores, classes)
+    _write_summary(result)
+    return result
+
+
+def _ready_teacher(config: Config, teacher: Network, trainer: Any, log: Log) -> Scores:
+    """Train the teacher unless it came with weights, and say how good it is before anything is distilled from it."""
+    settings = config.teacher
+    device = build.select_device(config.device)
+    weights = build.class_weights(settings.fit, teacher.num_classes, "teacher.fit", device)
+    fitter = trainer("teacher", SegmentationTask(teacher, weights), settings.fit, settings)
+    scores = fitter.evaluate() if settings.weights is not None else fitter.fit().scores
+    log(f"teacher {settings.model}: mIoU {100 * scores.miou:.2f} %, pixel accuracy {100 * scores.pixel_accuracy:.2f} %")
+    return scores
+
+
+def _open_run_dir(config: Config) -> Path:
+    run_dir = Path(config.run_dir)
+    saved = run_dir / "config.yaml"
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if not config.resume:
+            raise ConfigError(
+                f"run_dir: {run_dir} already holds files; set resume=true to go on with that run, "
+                "or choose another run_dir"
+            )
+        if not saved.exists():
+            raise ConfigError(f"run_dir: expected {saved} to resume from, found none")
+        _check_same_run(config, load_config(saved), saved)
+    elif config.resume:
+        raise ConfigError(f"run_dir: expected a run to resume in {run_dir}, found none; set resume=false to start it")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, saved)
+    environment = {"torch": torch.__version__, "device": str(build.select_device(config.device))}
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    return run_dir
+
+
+def _check_same_run(config: Config, saved: Config, path: Path) -> None:
+    def flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        for key, value in values.items():
+            items |= flat(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return items
+
+    now, then = flat("", asdict(config)), flat("", asdict(saved))
+    for key, value in now.items():
+        if key.split(".")[0] not in _FREE_TO_CHANGE and key != "data.workers" and value != then[key]:
+            raise ConfigError(
+                f"{key}: expected {then[key]!r} as in {path}, got {value!r}; a resumed run keeps its configuration"
+            )
+
+
+def _write_summary(result: RunResult) -> None:
+    summary = {
+        "student_before": result.before._asdict(),
+        "student": result.student.scores._asdict(),
+        "student_best_miou": result.student.best_miou,
+        "teacher": result.teacher._asdict() if result.teacher is not None else None,
+        "images_per_second": result.student.images_per_second,
+        "classes": list(result.classes),
+    }
+    (result.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) -> tuple[Scores, tuple[str, ...]]:
+    """Score a network that a run left on the run's validation frames.
+
+    Args:
+        checkpoint: a checkpoint file, a folder that holds last.pt, or a run folder (its student then).
+        overrides: ``dotted.key=value`` strings over the run's configuration, e.g. ``data.root=...``.
+        log: receives one line per step of the way.
+
+    Returns:
+        Scores and class names.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing or broken, or its classes are not the dataset's.
+        ConfigError: if the run's configuration is missing or an override is bad.
+    """
+    path = _find_checkpoint(checkpoint)
+    state = load_checkpoint(path)
+    config = load_config(path.parent.parent / "config.yaml", overrides)
+    prepare_process(config, log)
+    dataset = build.build_dataset(config, "val")
+    if tuple(state["classes"]) != dataset.classes:
+        raise CheckpointError(
+            f"{path}: was trained on the {len(state['classes'])} classes {', '.join(state['classes'])}; "
+            f"expected those of {config.data.name}: {', '.join(dataset.classes)}"
+        )
+    if config.data.check:
+        dataset.check()
+    model = models.create(state["network"], num_classes=state["num_classes"])
+    distilled = any(key.startswith("student.") for key in state["model"])
+    log(f"{models.load_weights(model, state, prefix='student.' if distilled else '')}, epoch {state['epoch']}")
+    device = build.select_device(config.device)
+    loader = build.build_loader(config, dataset, config.fit, "eval", train=False)
+    batches = tqdm(loader, "eval", leave=False)
+    return evaluate(model.to(device), batches, dataset.num_classes, device, config.precision), dataset.classes
+
+
+def verify_config(config: Config, log: Log = tqdm.write) -> VerifyReport:
+    """Compare the configured backend with eager fp64 on training batches, from the configuration's weights.
+
+    Args:
+        config: the run's configuration; without weights files, student and teacher are freshly initialised.
+        log: receives what was loaded.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ConfigError: if the configuration distils nothing.
+    """
+    return _verify(config, None, log)
+
+
+def verify_run(config: Config, log: Log = tqdm.write) -> VerifyReport:
+    """The same on the weights that a finished run left in ``config.run_dir``.
+
+    Args:
+        config: the run's configuration.
+        log: receives what was loaded.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        CheckpointError: if the run left no whole checkpoints.
+    """
+    return _verify(config, Path(config.run_dir), log)
+
+
+def _verify(config: Config, run_dir: Path | None, log: Log) -> VerifyReport:
+    if not config.distill.enabled:
+        raise ConfigError("distill.enabled: expected true, for there is nothing to verify without distillation")
+    prepare_process(config, log)
+    device = build.select_device(config.device)
+    dataset = build.build_dataset(config, "train")
+    student = build.build_model(config, config.student, dataset.num_classes, "student", log)
+    teacher = build.build_model(config, config.teacher, dataset.num_classes, "teacher", log)
+    model = build.build_transkd(config, student, teacher)
+    if run_dir is not None:
+        model.load_state_dict(load_checkpoint(run_dir / "student" / "last.pt")["model"])
+        if config.teacher.weights is None:
+            teacher.load_state_dict(load_checkpoint(run_dir / "teacher" / "last.pt")["model"])
+    weights = build.class_weights(config.fit, student.num_classes, "fit", device)
+    settings = config.distill
+    task = DistillationTask(model, teacher, settings.feature_weight, settings.embedding_weight, weights)
+    fit = replace(config.fit, batch_size=config.verify.batch_size)
+    loader = build.build_loader(config, dataset, fit, "verify", train=True)
+    batches = [(i.to(device), m.to(device, torch.int64)) for i, m in islice(loader, config.verify.batches)]
+    if len(batches) < config.verify.batches:
+        raise ConfigError(
+            f"verify.batches: expected at most {len(batches)}, all that the data yields, got {config.verify.batches}"
+        )
+    return verify(task, batches, config)
+
+
+def _find_checkpoint(path: Path) -> Path:
+    for candidate in (path, path / "last.pt", path / "student" / "last.pt"):
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(f"{path}: expected a checkpoint, a folder with last.pt, or a run folder with student/last.pt")
