@@ -39,9 +39,10 @@ def test_hcl(shapes, layout, device, dtype, measure):
 
     functions = {
         "eager": partial(functional.hcl_loss, backend="eager"),
-        "published": partial(summed, hcl_by_height),
         "compiled": torch.compile(partial(summed, hcl), fullgraph=True, dynamic=False),
     }
+    if dtype == torch.float32:  # the published loss computes in its inputs' dtype
+        functions["published"] = partial(summed, hcl_by_height)
     for backend in backends.BACKENDS[1:]:
         if backends.why_not("hcl", backend, [*students, *teachers]) is None:
             functions[backend] = partial(functional.hcl_loss, backend=backend)

@@ -1,8 +1,8 @@
 """One training step, SegFormer-B2 to B0, 512 x 1024, batch 2, fp32: the published handling of the teacher beside ours.
 
-Published: the teacher runs with gradients and with its decoder, which the losses never use; its features are not detached,
-so the backward goes through the whole teacher. Encoders, attention and cross-entropy are this project's on both sides, so
-that the ratio shows what follows from the handling, the decoder's order and the kernels alone.
+Published: the teacher runs with gradients and with its decoder, which the losses never use; its features are not
+detached, so that the backward goes through the teacher's whole encoder. Encoder, attention and cross-entropy are this
+project's on both sides: the ratio shows what follows from the handling, the decoder's order and the kernels alone.
 """
 
 import copy
@@ -71,8 +71,8 @@ class PublishedTask:
 
 
 def losses_and_gradient(losses: Losses, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The loss terms and the gradient of all the model's parameters as one vector; the same seed, so the same dropout."""
-    torch.manual_seed(1)
+    """The loss terms, and the gradient of all the model's parameters as one vector."""
+    torch.manual_seed(1)  # the same dropout and stochastic depth in every case
     terms = losses(images, labels)
     gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), list(model.parameters()))
     return {**terms, "gradient": torch.cat([gradient.flatten() for gradient in gradients])}

@@ -25,7 +25,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if rows:
         terminalreporter.section("benches")
         terminalreporter.write_line(report(rows))
-        write(rows)
+        if not config.option.benchmark_disable:  # one cold round is no measurement to keep
+            write(rows)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Measures the ways to compute one thing beside one another: gate, interleaved times, memory, table and rows.
 
-Times are compared within a round, in which every case runs once and the order rotates, so that a change in the machine's
-pace meets all of them. pytest-benchmark times one function after the other; here it drives the rounds and saves what was
-measured in them (`--benchmark-json`).
+Times are compared within rounds: in each one every case runs once, and the order rotates, so that a change in the
+machine's pace meets all of them. pytest-benchmark times one function after the other; here it drives the rounds and
+saves what was measured in them (`--benchmark-json`).
 """
 
 import csv
@@ -30,8 +30,8 @@ OUT = Path(__file__).resolve().parent / "out"
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Largest max-norm relative difference to fp64 that a case may have in its value and in its gradients. Values are fp32 in
-# every dtype, so theirs is one; gradients are rounded to the dtype of their input.
+# Largest max-norm relative difference to fp64 that a case may have. The value is computed in fp32 whatever the dtype;
+# gradients are rounded to the dtype of their input.
 VALUE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}
 
@@ -310,8 +310,8 @@ def report(rows: Sequence[Row]) -> str:
         first = members[0]
         lines.append(f"{' '.join(group)}, {first.threads} threads, malloc {first.malloc}, load {first.load_before}")
         lines.append(
-            f"  {'':<10} {'forward ms':>10} {'p20..p80':>17} {'ratio':>6} {'whole ms':>10} {'p20..p80':>17} {'ratio':>6}"
-            f" {'peak MB':>9} {'saved MB':>9} {'of it new':>9}"
+            f"  {'':<10} {'forward ms':>10} {'p20..p80':>17} {'ratio':>6} {'whole ms':>10} {'p20..p80':>17}"
+            f" {'ratio':>6} {'peak MB':>9} {'saved MB':>9} {'of it new':>9}"
         )
         lines += [_line(row) for row in members]
     return "\n".join(lines)

@@ -1,5 +1,5 @@
-// The Python module transkd_fast._C. Importing it runs the op registrations of every other file of the extension; what it
-// offers itself is the record of the build.
+// The Python module transkd_fast._C. Importing it runs the op registrations of every other file of the extension; what
+// it offers itself is the record of the build.
 #include <pybind11/pybind11.h>
 
 #include "build_config.h"

@@ -45,12 +45,13 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     changed = load_config(
         None,
         [
-            "run_dir=elsewhere", "seed=5", "device=cpu", "precision=bf16", "backend=eager", "threads=3", "keep_memory=false",
-            "resume=true", "log_every=3", "data.name=camvid", "data.root=/data", "data.size=[64,96]",
-            "data.augment=published", "data.scale=[0.5,2]", "data.flip=0.25", "data.jitter=0.125", "data.train_length=9",
-            "data.val_length=8", "data.cache=false", "data.workers=2", "data.check=false", "student.model=segformer_b1",
-            "student.weights=s.pt", "student.num_classes=20", "student.drop_path=0.25", "teacher.model=segformer_b1",
-            "teacher.weights=t.pt", "teacher.num_classes=20", "teacher.drop_path=0.5",
+            "run_dir=elsewhere", "seed=5", "device=cpu", "precision=bf16", "backend=eager", "threads=3",
+            "keep_memory=false", "resume=true", "log_every=3", "data.name=camvid", "data.root=/data",
+            "data.size=[64,96]", "data.augment=published", "data.scale=[0.5,2]", "data.flip=0.25",
+            "data.jitter=0.125", "data.train_length=9", "data.val_length=8", "data.cache=false", "data.workers=2",
+            "data.check=false", "student.model=segformer_b1", "student.weights=s.pt", "student.num_classes=20",
+            "student.drop_path=0.25", "teacher.model=segformer_b1", "teacher.weights=t.pt", "teacher.num_classes=20",
+            "teacher.drop_path=0.5",
             *(
                 f"{fit}.{setting}"
                 for fit in ("fit", "teacher.fit")
@@ -217,9 +218,7 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(
-    "content", [b"- 1\n", b"a: [", b"seed: 1\nseed: 2\n", b"\xff\xfe\x80"], ids=repr
-)
+@pytest.mark.parametrize("content", [b"- 1\n", b"a: [", b"seed: 1\nseed: 2\n", b"\xff\xfe\x80"], ids=repr)
 def test_file_that_is_no_configuration(content, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)

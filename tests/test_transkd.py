@@ -392,3 +392,27 @@ def test_bad_options(options, message):
         small(**options)
     with pytest.raises(ValueError, match="student_channels to have 4 entries"):
         TransKD(nn.Identity(), STUDENT[:3], TEACHER)
+
+
+def test_models_without_patch_embeddings_distil_their_features():
+    """As `timm`'s features_only models: no embeddings, and nothing asks for them."""
+    channels = (4, 6, 8, 10)
+
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = torch.nn.ModuleList(torch.nn.Conv2d(3, c, 1) for c in channels)
+
+        def forward(self, images):
+            maps = [conv(images[:, :, :: 2**m, :: 2**m]) for m, conv in enumerate(self.convs)]
+            return StageOutputs(maps, [], maps[0])
+
+    model = TransKD(Student(), channels, channels, embeddings=(), mid_channels=8)
+    images = torch.rand(2, 3, 32, 32)
+    teacher = StageOutputs([m.detach() + 1 for m in model.student(images).features], [], None)
+    losses = model(images, teacher).losses
+    assert list(losses) == ["hcl"]
+    losses["hcl"].backward()
+    assert all(p.grad is not None for conv in model.student.convs for p in conv.parameters())
+    with pytest.raises(ValueError, match="expected 4 embeddings from the student, got 0"):
+        TransKD(Student(), channels, channels, mid_channels=8)(images)

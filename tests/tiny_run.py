@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from transkd_fast import models
 from transkd_fast.data import StreetScenes, write_folder
 from transkd_fast.models import StageOutputs
-from transkd_fast.train import Config, load_config
+from transkd_fast.train import Config, load_config, train
 
 
 class TinyNet(nn.Module):
-    """Four stages of one convolution each, with the batch norm, dropout and stochastic depth that a resumed run must hit."""
+    """Four stages of one convolution each, with a batch norm and dropout, whose state a resumed run must hit."""
 
     def __init__(
         self, num_classes: int, drop_path_rate: float = 0.0, channels: tuple[int, ...] = (4, 8, 12, 16)
@@ -92,3 +96,41 @@ def camvid_folder(root: Path, train: int = 4, val: int = 2, size: tuple[int, int
 def pattern(text: str) -> str:
     """A regular expression for the text itself, as `pytest.raises(match=...)` wants it."""
     return re.escape(text)
+
+
+def quiet(line: str) -> None:
+    """A log that goes nowhere."""
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The metrics of a training."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of containers and tensors are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Time and content of every file."""
+    return {p.relative_to(folder): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+RUN = {"fit__epochs": 3, "teacher__fit__epochs": 2, "student__drop_path": 0.5, "teacher__drop_path": 0.3}
+
+
+def whole_run(run_dir: Path) -> Path:
+    """A run with the settings of `RUN`, from start to end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, network in MODELS.items():
+            patch.setitem(models.MODELS, name, network)
+        train(tiny_config(run_dir, **RUN), quiet)
+    return run_dir

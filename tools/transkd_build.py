@@ -8,8 +8,8 @@ enough. setup.py is never run to find the requirements, because it imports torch
 from __future__ import annotations
 
 import importlib.util
+import site
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,17 @@ from setuptools.build_meta import build_sdist  # noqa: F401  (a hook of the back
 MINIMUM_TORCH = (2, 11)
 
 
+def _site_folders() -> list[Path]:
+    """The folders this interpreter imports packages from; pip hides them from sys.path, but site still knows them."""
+    folders = site.getsitepackages()
+    if sys.prefix == sys.base_prefix:  # a virtual environment does not look into the user's folder
+        folders = [site.getusersitepackages(), *folders]
+    return [Path(folder) for folder in folders]
+
+
 def installed_torch() -> tuple[Path, str] | None:
     """Find a torch that is new enough in the environment pip was started from: (its folder, its version)."""
-    for key in ("purelib", "platlib"):
-        folder = Path(sysconfig.get_paths()[key])
+    for folder in _site_folders():
         for info in folder.glob("torch-*.dist-info"):
             version = info.name.removeprefix("torch-").removesuffix(".dist-info")
             release = version.split("+")[0].split(".")[:2]

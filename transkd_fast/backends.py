@@ -156,14 +156,15 @@ def _configured(op: str) -> str:
 
 
 def _first_that_runs(op: str, tensors: Sequence[Tensor]) -> str:
-    for backend in _AUTO_ORDER.get(tensors[0].device.type, ("eager",)):
+    device_type = tensors[0].device.type
+    if device_type not in _AUTO_ORDER and not torch.compiler.is_compiling():
+        _log_once(op, "every kernel", f"none for device type {device_type!r}; eager runs")
+    for backend in _AUTO_ORDER.get(device_type, ("eager",)):
         reason = why_not(op, backend, tensors)
         if reason is None:
             return backend
         if backend in _registry[op] and not torch.compiler.is_compiling():
             _log_once(op, backend, reason)
-    if tensors[0].device.type not in _AUTO_ORDER and not torch.compiler.is_compiling():
-        _log_once(op, "every kernel", f"none for device type {tensors[0].device.type!r}; eager runs")
     return "eager"
 
 
@@ -174,16 +175,20 @@ def _log_once(*message: str) -> None:
 
 
 @contextmanager
-def use_backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
+def use_backend(name: str | None, ops: Iterable[str] | None = None) -> Iterator[None]:
     """Choose the backend of all calls inside a ``with`` block.
 
     Args:
-        name: one of ``BACKENDS`` or ``"auto"``.
+        name: one of ``BACKENDS`` or ``"auto"``; None changes nothing.
         ops: the ops it holds for; default all of them.
 
     Raises:
+        TypeError: if ops is a string.
         ValueError: if a name is unknown.
     """
+    if name is None:
+        yield
+        return
     _known(name, "use_backend", ("auto",))
     if isinstance(ops, str):
         raise TypeError(f"use_backend: expected ops to be a collection of names, got the string {ops!r}")

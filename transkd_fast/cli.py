@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from transkd_fast.train.config import Config
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except errors as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("transkd: interrupted; the last checkpoint is whole, go on with resume=true", file=sys.stderr)
+        resumable = "; the last checkpoint is whole, go on with resume=true" if command is _train else ""
+        print(f"transkd: interrupted{resumable}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -66,8 +67,16 @@ def _fail(message: str) -> int:
     return EXIT_BAD_INPUT
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage with the code of bad input: argparse's own, 2, says that verify ran no fused kernel."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="transkd", description="Distil segmentation transformers with TransKD.")
+    parser = _Parser(prog="transkd", description="Distil segmentation transformers with TransKD.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

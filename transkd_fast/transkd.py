@@ -226,14 +226,16 @@ class TransKD(nn.Module):
             assistant_scales,
         )
 
-    @staticmethod
-    def _check_stages(who: str, outputs: StageOutputs, channels: Sequence[int]) -> None:
+    def _used(self, outputs: StageOutputs) -> dict[str, list[Tensor]]:
+        """Selects what takes part; a model without patch embeddings may give none where none are aligned."""
+        features = {"features": outputs.features} if self.skfs is not None or self.variant == "ea" else {}
+        return features | ({"embeddings": outputs.embeddings} if self.embeddings else {})
+
+    def _check_stages(self, who: str, outputs: StageOutputs, channels: Sequence[int]) -> None:
         if not isinstance(outputs, StageOutputs):
             raise TypeError(f"TransKD: expected the {who} to give StageOutputs, got {type(outputs).__name__}")
-        for kind, tensors, dims, axis in (
-            ("features", outputs.features, 4, 1),
-            ("embeddings", outputs.embeddings, 3, 2),
-        ):
+        for kind, tensors in self._used(outputs).items():
+            dims, axis = (4, 1) if kind == "features" else (3, 2)
             if len(tensors) != STAGES:
                 raise ValueError(f"TransKD: expected {STAGES} {kind} from the {who}, got {len(tensors)}")
             for m, (tensor, expected) in enumerate(zip(tensors, channels, strict=True)):
@@ -244,13 +246,10 @@ class TransKD(nn.Module):
                         f" {who}_channels is {list(channels)}, fine to coarse"
                     )
 
-    @staticmethod
-    def _check_teacher(student: StageOutputs, teacher: StageOutputs) -> None:
-        for m in range(STAGES):
-            for kind, ours, theirs in (
-                ("features", student.features[m], teacher.features[m]),
-                ("embeddings", student.embeddings[m], teacher.embeddings[m]),
-            ):
+    def _check_teacher(self, student: StageOutputs, teacher: StageOutputs) -> None:
+        teachers = self._used(teacher)
+        for kind, students in self._used(student).items():
+            for m, (ours, theirs) in enumerate(zip(students, teachers[kind], strict=True)):
                 if theirs.requires_grad:
                     raise ValueError(
                         f"TransKD: expected a frozen teacher, got {kind}[{m}] that requires a gradient; run the"

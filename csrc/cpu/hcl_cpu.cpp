@@ -1,11 +1,12 @@
 // hcl on CPU: the pyramid mean-squared error of two maps, forward in one pass over both, backward in one pass more.
 //
-// Pooling is linear, so every level comes from sums of d = student - teacher. The borders of all pooling windows cut a plane into
-// at most 7 x 7 cells (4 x 4 where the sizes divide by 4); the forward keeps the sum of d per cell. The gradient is
+// Pooling is linear, so every level comes from sums of d = student - teacher. The borders of all pooling windows cut a
+// plane into at most 7 x 7 cells (4 x 4 where the sizes divide by 4); the forward keeps the sum of d per cell. The
+// gradient is
 //   dL/dstudent = alpha d + table[cell],
-// because all pixels of a cell lie in the same windows; the table, a few numbers per plane, is all that is saved besides the maps.
-// Work is cut into pieces that do not depend on the number of threads, and every sum runs in a fixed order: results repeat bit for
-// bit.
+// because all pixels of a cell lie in the same windows; the table, a few numbers per plane, is all that is saved
+// besides the maps. Work is cut into pieces that do not depend on the number of threads, and every sum runs in a fixed
+// order: results repeat bit for bit.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
@@ -15,84 +16,87 @@
 
 #include "cpu/common/clones.h"
 #include "cpu/common/tensor.h"
+#include "cpu/common/vector.h"
 #include "cpu/hcl_pyramid.h"
 
 namespace transkd {
 namespace {
 
-constexpr int kLanes = 16;            // independent partial sums, for the vector units and for accuracy
-constexpr int64_t kBuffer = 4096;     // elements taken at a time
-constexpr int64_t kGrain = 1 << 15;   // elements below which a second thread does not pay
+constexpr int64_t kBuffer = 4096;    // elements taken at a time
+constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
 
 // ---- Loops over one run of memory; s, t, out are the compute type.
 
-template <class T>
-TRANSKD_INLINE void lanes_loop(const T* __restrict s, const T* __restrict t, int64_t n, T* __restrict sums, T* __restrict squares) {
-  T sum[kLanes], square[kLanes];
-  for (int k = 0; k < kLanes; ++k) sum[k] = sums[k], square[k] = squares[k];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) {
-      const T d = s[i + k] - t[i + k];
-      sum[k] += d;
-      square[k] += d * d;
-    }
-  }
-  if (i + kLanes / 2 <= n) {
-    for (int k = 0; k < kLanes / 2; ++k) {
-      const T d = s[i + k] - t[i + k];
-      sum[k] += d;
-      square[k] += d * d;
-    }
-    i += kLanes / 2;
-  }
-  for (int k = 0; i < n; ++i, ++k) {
-    const T d = s[i] - t[i];
-    sum[k] += d;
-    square[k] += d * d;
-  }
-  for (int k = 0; k < kLanes; ++k) sums[k] = sum[k], squares[k] = square[k];
+// d = s - t of one vector, added to a sum, its square to another.
+template <class T, class V>
+TRANSKD_INLINE void add_difference(const T* s, const T* t, V& sum, V& squares) {
+  V d, other;
+  d.load(s);
+  other.load(t);
+  d.lanes -= other.lanes;
+  sum.lanes += d.lanes;
+  squares.lanes += d.lanes * d.lanes;
 }
 
-// Rows of one plane: sums [segments, kLanes] per column segment, squares [kLanes].
+// Rows of one plane: sums [segments] of d per column segment; returns the sum of d^2.
 template <class T>
-TRANSKD_INLINE void rows_loop(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums, T* squares) {
-  for (int64_t r = 0; r < rows; ++r, s += columns.size, t += columns.size) {
-    for (int j = 0; j < columns.segments; ++j) {
-      const int64_t from = columns.edge[j];
-      lanes_loop(s + from, t + from, columns.edge[j + 1] - from, sums + j * kLanes, squares);
-    }
-  }
-}
-
-// Pixels of a channels-last map: sums [channels], squares [kLanes].
-template <class T>
-TRANSKD_INLINE void pixels_loop(const T* __restrict s, const T* __restrict t, int64_t pixels, int64_t channels,
-                                T* __restrict sums, T* __restrict squares) {
-  T square[kLanes];
-  for (int k = 0; k < kLanes; ++k) square[k] = squares[k];
-  for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels) {
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      for (int k = 0; k < kLanes; ++k) {
-        const T d = s[c + k] - t[c + k];
-        sums[c + k] += d;
-        square[k] += d * d;
+TRANSKD_INLINE T rows_loop(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {
+  using Whole = Vector<T>;
+  using Half = Vector<T, 32>;
+  Whole squares;
+  Half half_squares;
+  T single_squares = 0;
+  for (int j = 0; j < columns.segments; ++j) {
+    const int64_t begin = columns.edge[j], end = columns.edge[j + 1];
+    Whole sum;
+    Half half_sum;
+    T single_sum = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *s_row = s + r * columns.size, *t_row = t + r * columns.size;
+      int64_t i = begin;
+      for (; i + Whole::kSize <= end; i += Whole::kSize) add_difference(s_row + i, t_row + i, sum, squares);
+      if (i + Half::kSize <= end) {
+        add_difference(s_row + i, t_row + i, half_sum, half_squares);
+        i += Half::kSize;
+      }
+      for (; i < end; ++i) {
+        const T d = s_row[i] - t_row[i];
+        single_sum += d;
+        single_squares += d * d;
       }
     }
-    for (int k = 0; c < channels; ++c, ++k) {
+    sums[j] = sum.sum() + half_sum.sum() + single_sum;
+  }
+  return squares.sum() + half_squares.sum() + single_squares;
+}
+
+// Pixels of a channels-last map: adds d to sums [channels]; returns the sum of d^2.
+template <class T>
+TRANSKD_INLINE T pixels_loop(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {
+  using Whole = Vector<T>;
+  Whole squares;
+  T single_squares = 0;
+  for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels) {
+    int64_t c = 0;
+    for (; c + Whole::kSize <= channels; c += Whole::kSize) {
+      Whole sum;
+      sum.load(sums + c);
+      add_difference(s + c, t + c, sum, squares);
+      sum.store(sums + c);
+    }
+    for (; c < channels; ++c) {
       const T d = s[c] - t[c];
       sums[c] += d;
-      square[k] += d * d;
+      single_squares += d * d;
     }
   }
-  for (int k = 0; k < kLanes; ++k) squares[k] = square[k];
+  return squares.sum() + single_squares;
 }
 
 // out = alpha (s - t) + level[segment] over rows of one plane.
 template <class T>
-TRANSKD_INLINE void rows_backward_loop(const T* __restrict s, const T* __restrict t, int64_t rows, const Axis& columns, T alpha,
-                                       const T* __restrict level, T* __restrict out) {
+TRANSKD_INLINE void rows_backward_loop(const T* __restrict s, const T* __restrict t, int64_t rows, const Axis& columns,
+                                       T alpha, const T* __restrict level, T* __restrict out) {
   for (int64_t r = 0; r < rows; ++r, s += columns.size, t += columns.size, out += columns.size) {
     for (int j = 0; j < columns.segments; ++j) {
       const T add = level[j];
@@ -103,45 +107,39 @@ TRANSKD_INLINE void rows_backward_loop(const T* __restrict s, const T* __restric
 
 // out = alpha (s - t) + level[channel] over pixels of one cell.
 template <class T>
-TRANSKD_INLINE void pixels_backward_loop(const T* __restrict s, const T* __restrict t, int64_t pixels, int64_t channels, T alpha,
-                                         const T* __restrict level, T* __restrict out) {
+TRANSKD_INLINE void pixels_backward_loop(const T* __restrict s, const T* __restrict t, int64_t pixels, int64_t channels,
+                                         T alpha, const T* __restrict level, T* __restrict out) {
   for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels, out += channels) {
     for (int64_t c = 0; c < channels; ++c) out[c] = alpha * (s[c] - t[c]) + level[c];
   }
 }
 
 // The instruction-set clones of the loops, one set per compute type.
-#define TRANSKD_HCL_LOOPS(T)                                                                                            \
-  TRANSKD_CLONES void add_rows(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums, T* squares) {        \
-    rows_loop<T>(s, t, rows, columns, sums, squares);                                                                   \
-  }                                                                                                                     \
-  TRANSKD_CLONES void add_pixels(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums, T* squares) {       \
-    pixels_loop<T>(s, t, pixels, channels, sums, squares);                                                              \
-  }                                                                                                                     \
-  TRANSKD_CLONES void rows_backward(const T* s, const T* t, int64_t rows, const Axis& columns, T alpha, const T* level, \
-                                    T* out) {                                                                           \
-    rows_backward_loop<T>(s, t, rows, columns, alpha, level, out);                                                      \
-  }                                                                                                                     \
-  TRANSKD_CLONES void pixels_backward(const T* s, const T* t, int64_t pixels, int64_t channels, T alpha,                \
-                                      const T* level, T* out) {                                                         \
-    pixels_backward_loop<T>(s, t, pixels, channels, alpha, level, out);                                                 \
+#define TRANSKD_HCL_LOOPS(T)                                                                             \
+  TRANSKD_CLONES T add_rows(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {        \
+    return rows_loop<T>(s, t, rows, columns, sums);                                                      \
+  }                                                                                                      \
+  TRANSKD_CLONES T add_pixels(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {       \
+    return pixels_loop<T>(s, t, pixels, channels, sums);                                                 \
+  }                                                                                                      \
+  TRANSKD_CLONES void rows_backward(const T* s, const T* t, int64_t rows, const Axis& columns, T alpha,  \
+                                    const T* level, T* out) {                                            \
+    rows_backward_loop<T>(s, t, rows, columns, alpha, level, out);                                       \
+  }                                                                                                      \
+  TRANSKD_CLONES void pixels_backward(const T* s, const T* t, int64_t pixels, int64_t channels, T alpha, \
+                                      const T* level, T* out) {                                          \
+    pixels_backward_loop<T>(s, t, pixels, channels, alpha, level, out);                                  \
   }
 TRANSKD_HCL_LOOPS(float)
 TRANSKD_HCL_LOOPS(double)
 #undef TRANSKD_HCL_LOOPS
 
-template <class T>
-double total(const T* lanes) {
-  double sum = 0;
-  for (int k = 0; k < kLanes; ++k) sum += lanes[k];
-  return sum;
-}
-
 // ---- From the cells' sums of one plane to its pyramid terms and the gradient's table.
 
 struct Shape {
   int64_t batch, channels, height, width;
-  explicit Shape(const Tensor& map) : batch(map.size(0)), channels(map.size(1)), height(map.size(2)), width(map.size(3)) {}
+  explicit Shape(const Tensor& map)
+      : batch(map.size(0)), channels(map.size(1)), height(map.size(2)), width(map.size(3)) {}
   int64_t planes() const { return batch * channels; }
   int64_t plane() const { return height * width; }
   double alpha(const Pyramid& pyramid) const {
@@ -172,7 +170,8 @@ double pool_cells(const Pyramid& pyramid, int64_t planes, const double* cell_sum
         const double pooled = sum / area;
         loss += weight * pooled * pooled;
         for (int r = row_from; r < row_to; ++r) {
-          for (int c = column_from; c < column_to; ++c) gradient[r * columns.segments + c] += 2 * weight * pooled / area;
+          for (int c = column_from; c < column_to; ++c)
+            gradient[r * columns.segments + c] += 2 * weight * pooled / area;
         }
       }
     }
@@ -189,29 +188,30 @@ double forward_contiguous(const Tensor& student, const Tensor& teacher, const Py
   const Axis &rows = pyramid.rows, &columns = pyramid.columns;
   const int64_t rows_at_once = std::max<int64_t>(1, kBuffer / columns.size);
   std::vector<double> losses(shape.planes());
-  torch::stable::parallel_for(0, shape.planes(), std::max<int64_t>(1, kGrain / shape.plane()), [&](int64_t begin, int64_t end) {
-    std::vector<T> s_buffer(rows_at_once * columns.size), t_buffer(s_buffer.size());
-    double cells[kMaxCells], gradient[kMaxCells];
-    for (int64_t plane = begin; plane < end; ++plane) {
-      std::fill(cells, cells + kMaxCells, 0.0);
-      double squares_total = 0;
-      for (int band = 0; band < rows.segments; ++band) {
-        for (int64_t r = rows.edge[band]; r < rows.edge[band + 1]; r += rows_at_once) {
-          const int64_t count = std::min(rows_at_once, rows.edge[band + 1] - r);
-          const int64_t offset = plane * shape.plane() + r * columns.size, n = count * columns.size;
-          T sums[kMaxSegments * kLanes] = {}, squares[kLanes] = {};
-          add_rows(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), count, columns, sums, squares);
-          for (int j = 0; j < columns.segments; ++j) cells[band * columns.segments + j] += total(sums + j * kLanes);
-          squares_total += total(squares);
+  torch::stable::parallel_for(
+      0, shape.planes(), std::max<int64_t>(1, kGrain / shape.plane()), [&](int64_t begin, int64_t end) {
+        std::vector<T> s_buffer(rows_at_once * columns.size), t_buffer(s_buffer.size());
+        double cells[kMaxCells], gradient[kMaxCells];
+        for (int64_t plane = begin; plane < end; ++plane) {
+          std::fill(cells, cells + kMaxCells, 0.0);
+          double squares = 0;
+          for (int band = 0; band < rows.segments; ++band) {
+            for (int64_t r = rows.edge[band]; r < rows.edge[band + 1]; r += rows_at_once) {
+              const int64_t count = std::min(rows_at_once, rows.edge[band + 1] - r);
+              const int64_t offset = plane * shape.plane() + r * columns.size, n = count * columns.size;
+              T sums[kMaxSegments];
+              squares += add_rows(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), count,
+                                  columns, sums);
+              for (int j = 0; j < columns.segments; ++j) cells[band * columns.segments + j] += sums[j];
+            }
+          }
+          losses[plane] = squares * shape.alpha(pyramid) / 2 + pool_cells(pyramid, shape.planes(), cells, gradient);
+          const int64_t b = plane / shape.channels, c = plane % shape.channels;
+          for (int k = 0; k < pyramid.cells(); ++k) {
+            table[(b * pyramid.cells() + k) * shape.channels + c] = static_cast<T>(gradient[k]);
+          }
         }
-      }
-      losses[plane] = squares_total * shape.alpha(pyramid) / 2 + pool_cells(pyramid, shape.planes(), cells, gradient);
-      const int64_t b = plane / shape.channels, c = plane % shape.channels;
-      for (int k = 0; k < pyramid.cells(); ++k) {
-        table[(b * pyramid.cells() + k) * shape.channels + c] = static_cast<T>(gradient[k]);
-      }
-    }
-  });
+      });
   double loss = 0;
   for (const double part : losses) loss += part;
   return loss;
@@ -253,12 +253,11 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
       const Piece& piece = pieces[p];
       for (int64_t r = piece.top; r < piece.bottom; ++r) {
         for (int64_t x = piece.left; x < piece.right; x += pixels_at_once) {
-          T squares[kLanes] = {};
           const int64_t pixels = std::min(pixels_at_once, piece.right - x);
-          const int64_t offset = ((piece.sample * shape.height + r) * shape.width + x) * channels, n = pixels * channels;
-          add_pixels(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels, channels,
-                     sums.data() + p * channels, squares);
-          squares_of[p] += total(squares);
+          const int64_t offset = ((piece.sample * shape.height + r) * shape.width + x) * channels,
+                        n = pixels * channels;
+          squares_of[p] += add_pixels(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels,
+                                      channels, sums.data() + p * channels);
         }
       }
     }
@@ -285,39 +284,41 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
 // ---- Backward.
 
 template <class T>
-void backward_contiguous(T upstream, const Tensor& student, const Tensor& teacher, const Pyramid& pyramid, const T* table,
-                         const Tensor& gradient) {
+void backward_contiguous(T upstream, const Tensor& student, const Tensor& teacher, const Pyramid& pyramid,
+                         const T* table, const Tensor& gradient) {
   const Shape shape(student);
   const Reader<T> s(student), t(teacher);
   const Writer<T> out(gradient);
   const Axis &rows = pyramid.rows, &columns = pyramid.columns;
   const T alpha = static_cast<T>(upstream * shape.alpha(pyramid));
   const int64_t rows_at_once = std::max<int64_t>(1, kBuffer / columns.size);
-  torch::stable::parallel_for(0, shape.planes(), std::max<int64_t>(1, kGrain / shape.plane()), [&](int64_t begin, int64_t end) {
-    std::vector<T> s_buffer(rows_at_once * columns.size), t_buffer(s_buffer.size()), out_buffer(s_buffer.size());
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t b = plane / shape.channels, c = plane % shape.channels;
-      for (int band = 0; band < rows.segments; ++band) {
-        T level[kMaxSegments];
-        for (int j = 0; j < columns.segments; ++j) {
-          const int64_t cell = b * pyramid.cells() + band * columns.segments + j;
-          level[j] = upstream * table[cell * shape.channels + c];
+  torch::stable::parallel_for(
+      0, shape.planes(), std::max<int64_t>(1, kGrain / shape.plane()), [&](int64_t begin, int64_t end) {
+        std::vector<T> s_buffer(rows_at_once * columns.size), t_buffer(s_buffer.size()), out_buffer(s_buffer.size());
+        for (int64_t plane = begin; plane < end; ++plane) {
+          const int64_t b = plane / shape.channels, c = plane % shape.channels;
+          for (int band = 0; band < rows.segments; ++band) {
+            T level[kMaxSegments];
+            for (int j = 0; j < columns.segments; ++j) {
+              const int64_t cell = b * pyramid.cells() + band * columns.segments + j;
+              level[j] = upstream * table[cell * shape.channels + c];
+            }
+            for (int64_t r = rows.edge[band]; r < rows.edge[band + 1]; r += rows_at_once) {
+              const int64_t count = std::min(rows_at_once, rows.edge[band + 1] - r);
+              const int64_t offset = plane * shape.plane() + r * columns.size, n = count * columns.size;
+              T* to = out.place(offset, out_buffer.data());
+              rows_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), count, columns,
+                            alpha, level, to);
+              out.commit(offset, n, to);
+            }
+          }
         }
-        for (int64_t r = rows.edge[band]; r < rows.edge[band + 1]; r += rows_at_once) {
-          const int64_t count = std::min(rows_at_once, rows.edge[band + 1] - r);
-          const int64_t offset = plane * shape.plane() + r * columns.size, n = count * columns.size;
-          T* to = out.place(offset, out_buffer.data());
-          rows_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), count, columns, alpha, level, to);
-          out.commit(offset, n, to);
-        }
-      }
-    }
-  });
+      });
 }
 
 template <class T>
-void backward_channels_last(T upstream, const Tensor& student, const Tensor& teacher, const Pyramid& pyramid, const T* table,
-                            const Tensor& gradient) {
+void backward_channels_last(T upstream, const Tensor& student, const Tensor& teacher, const Pyramid& pyramid,
+                            const T* table, const Tensor& gradient) {
   const Shape shape(student);
   const Reader<T> s(student), t(teacher);
   const Writer<T> out(gradient);
@@ -338,8 +339,8 @@ void backward_channels_last(T upstream, const Tensor& student, const Tensor& tea
           const int64_t pixels = std::min(pixels_at_once, columns.edge[j + 1] - x);
           const int64_t offset = (line * shape.width + x) * channels, n = pixels * channels;
           T* to = out.place(offset, out_buffer.data());
-          pixels_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels, channels, alpha, level,
-                          to);
+          pixels_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels, channels,
+                          alpha, level, to);
           out.commit(offset, n, to);
         }
       }
@@ -359,8 +360,9 @@ Layout check(const Tensor& student, const Tensor& teacher) {
   }
   for (const Tensor* map : {&student, &teacher}) {
     const ScalarType type = map->scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || is_double(*map),
-                    "hcl: expected float32, float64, bfloat16 or float16 maps");
+    STD_TORCH_CHECK(
+        type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || is_double(*map),
+        "hcl: expected float32, float64, bfloat16 or float16 maps");
   }
   STD_TORCH_CHECK(is_double(student) == is_double(teacher), "hcl: float64 does not mix with other dtypes");
   const Layout layout = layout_of(student);
@@ -393,7 +395,8 @@ Tensor hcl_bwd(const Tensor& grad, const Tensor& student, const Tensor& teacher,
   const Layout layout = check(student, teacher);
   const Pyramid pyramid(student.size(2), student.size(3));
   const ScalarType type = is_double(student) ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == type, "hcl_bwd: expected a scalar grad of the loss's dtype");
+  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == type,
+                  "hcl_bwd: expected a scalar grad of the loss's dtype");
   STD_TORCH_CHECK(table.dim() == 3 && table.size(0) == student.size(0) && table.size(1) == pyramid.cells() &&
                       table.size(2) == student.size(1) && table.scalar_type() == type && table.is_contiguous(),
                   "hcl_bwd: expected the table that hcl_fwd made");

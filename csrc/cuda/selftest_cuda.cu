@@ -22,7 +22,8 @@ Tensor cuda_selftest(const Tensor& x) {
   if (n == 0) return y;
   constexpr int kThreads = 256;
   const unsigned blocks = static_cast<unsigned>((n + kThreads - 1) / kThreads);
-  selftest_kernel<<<blocks, kThreads, 0, current_stream(x)>>>(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), n);
+  selftest_kernel<<<blocks, kThreads, 0, current_stream(x)>>>(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+                                                              n);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
 }

@@ -154,8 +154,14 @@ def build_model(config: Config, settings: ModelConfig, num_classes: int, purpose
         The network on the run's device.
 
     Raises:
+        ConfigError: if the network has fewer logits than the dataset has classes.
         WeightsError: if weights are named and do not fit.
     """
+    if settings.num_classes is not None and settings.num_classes < num_classes:
+        raise ConfigError(
+            f"{purpose}.num_classes: expected at least {num_classes}, the classes of {config.data.name}, "
+            f"got {settings.num_classes}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, purpose))
         classes = settings.num_classes or num_classes

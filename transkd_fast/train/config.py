@@ -32,7 +32,7 @@ class DataConfig:
         augment: "scale_crop" (random scale, crop, flip, jitter), "published" (flip, shift by up to 2 px) or "none".
         scale: range of the random scale of "scale_crop".
         flip: probability of a horizontal flip of "scale_crop".
-        jitter: strength of the colour jitter of "scale_crop", 0 for none.
+        jitter: strength of the colour jitter of "scale_crop", 0 for no jitter.
         train_length: number of training frames of a procedural dataset.
         val_length: number of validation frames of a procedural dataset.
         cache: keep a procedural dataset's drawn scenes in memory.
@@ -66,8 +66,8 @@ class FitConfig:
         betas: AdamW's moment coefficients.
         warmup_steps: steps of linear warm-up.
         power: exponent of the polynomial decay to 0 (1 is linear).
-        clip_norm: limit of the gradients' global norm; none switches clipping off.
-        class_weights: factor per class in the cross-entropy; none for 1 each.
+        clip_norm: limit of the gradients' global norm; null switches clipping off.
+        class_weights: factor per class in the cross-entropy; null for 1 each.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
     """
 
@@ -89,8 +89,8 @@ class ModelConfig:
 
     Args:
         model: one of ``transkd_fast.models.MODELS``.
-        weights: file to load, strictly; none for random weights.
-        num_classes: number of logits; none for the dataset's number of classes.
+        weights: file to load, strictly; null for random weights.
+        num_classes: number of logits; null for the dataset's number of classes.
         drop_path: rate of stochastic depth at the last block.
     """
 
@@ -121,7 +121,7 @@ class DistillConfig:
         variant: "base", "gl" or "ea".
         mid_channels: width of CSF.
         legacy: the published batch-1 rule.
-        feature_loss: "hcl" or "cwd" between CSF's maps and the teacher's features; none for no CSF.
+        feature_loss: "hcl" or "cwd" between CSF's maps and the teacher's features; null for no CSF.
         feature_weight: factor of the feature loss.
         feature_stage_weights: factor per stage in it, fine to coarse.
         embeddings: stages whose patch embeddings are aligned, out of 1 to 4.
@@ -169,8 +169,9 @@ class Config:
         seed: seed of weights, orders and augmentations.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32" or "bf16" (autocast).
-        backend: "auto" or one of ``transkd_fast.backends.BACKENDS``, for all ops.
-        threads: CPU threads of torch; none leaves torch's choice.
+        backend: "auto" or one of ``transkd_fast.backends.BACKENDS``, for all ops; null leaves the choice to
+            ``TRANSKD_FAST_BACKEND``, and to "auto" where that is not set.
+        threads: CPU threads of torch; null leaves torch's choice.
         keep_memory: on CPU with glibc, keep freed memory in the process (see ``transkd_fast.train.memory``).
         resume: go on from the run folder's last checkpoints.
         log_every: steps between updates of the progress bar and checks for non-finite losses.
@@ -186,7 +187,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
-    backend: str = "auto"
+    backend: str | None = None
     threads: int | None = None
     keep_memory: bool = True
     resume: bool = False
@@ -268,8 +269,8 @@ def _merge(base: Any, addition: DictConfig, source: str) -> Any:
         scalars = (
             key for key in sections if not isinstance(OmegaConf.select(addition, key, default={}), (dict, DictConfig))
         )
-        key = error.full_key or next(scalars, None)
-        raise ConfigError(f"{source}: bad value for {key!r}: {str(error).splitlines()[0]}") from error
+        place = error.full_key or next(scalars, None)
+        raise ConfigError(f"{source}: bad value for {place!r}: {str(error).splitlines()[0]}") from error
 
 
 def _keys(cls: Any, prefix: str = "") -> Iterator[str]:
@@ -308,10 +309,10 @@ def check_config(config: Config) -> None:
     """
     _expect(bool(config.run_dir), "run_dir", "the name of a folder", config.run_dir)
     _one_of("precision", config.precision, ("fp32", "bf16"))
-    _one_of("backend", config.backend, ("auto", *BACKENDS))
+    _one_of("backend", config.backend, (None, "auto", *BACKENDS))
     device = config.device.split(":")[0]
     _expect(device in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu', 'cuda' or 'cuda:N'", config.device)
-    _expect(config.threads is None or config.threads > 0, "threads", "a positive number or none", config.threads)
+    _expect(config.threads is None or config.threads > 0, "threads", "a positive number or null", config.threads)
     _positive("log_every", config.log_every)
     _not_negative("seed", config.seed)
     _check_data(config.data)
@@ -343,7 +344,7 @@ def _check_data(data: DataConfig) -> None:
     _not_negative("data.workers", data.workers)
     for key in ("train_length", "val_length"):
         length = getattr(data, key)
-        _expect(length is None or length > 0, f"data.{key}", "a positive number or none", length)
+        _expect(length is None or length > 0, f"data.{key}", "a positive number or null", length)
 
 
 def _check_fit(name: str, fit: FitConfig) -> None:
@@ -354,7 +355,7 @@ def _check_fit(name: str, fit: FitConfig) -> None:
     _expect(
         len(fit.betas) == 2 and all(0 <= b < 1 for b in fit.betas), f"{name}.betas", "two numbers in [0, 1)", fit.betas
     )
-    _expect(fit.clip_norm is None or fit.clip_norm > 0, f"{name}.clip_norm", "a positive number or none", fit.clip_norm)
+    _expect(fit.clip_norm is None or fit.clip_norm > 0, f"{name}.clip_norm", "a positive number or null", fit.clip_norm)
     factors = fit.class_weights
     _expect(
         factors is None or (all(0 <= f < math.inf for f in factors) and sum(factors) > 0),

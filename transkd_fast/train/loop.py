@@ -101,7 +101,7 @@ class Trainer:
         train_loader: training batches.
         val_loader: validation batches.
         classes: class names of the dataset.
-        folder: where metrics.csv, last.pt and best.pt go; made if missing.
+        folder: where metrics.csv, last.pt and best.pt go; made when training starts.
         meta: facts kept in the checkpoint, from which `transkd eval` builds the network again.
         log: receives one line per epoch.
     """
@@ -130,7 +130,6 @@ class Trainer:
         self.epoch = 0
         self.best_miou = -math.inf
         self.last_scores: Scores | None = None
-        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def last(self) -> Path:
@@ -152,8 +151,11 @@ class Trainer:
             TrainingError: if a loss is not finite.
             CheckpointError: if the checkpoint to resume from is broken or of another run.
         """
-        if self.config.resume and self.last.exists():
-            self._resume()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.config.resume:
+            if self.last.exists():
+                self._resume()
+            self._truncate_metrics()
         seconds = images = 0.0
         with backends.use_backend(self.config.backend):
             while self.epoch < self.fit_config.epochs:
@@ -176,16 +178,18 @@ class Trainer:
         return evaluate(self.task.deployed, self.val_loader, len(self.classes), self.device, self.config.precision)
 
     def _train_epoch(self) -> tuple[dict[str, float], int, float]:
-        # Everything random in an epoch follows from its number, so that a resumed run goes the same way.
-        torch.manual_seed(derived_seed(self.config.seed, self.name, self.epoch))
+        # Everything random in an epoch follows from its number, so that a resumed run goes the same way. The loader
+        # draws a number only when it starts worker processes, so it starts before the seed is set.
         cast(EpochSampler, self.train_loader.sampler).set_epoch(self.epoch)
+        batches = iter(self.train_loader)
+        torch.manual_seed(derived_seed(self.config.seed, self.name, self.epoch))
         self.task.model.train()
         sums: dict[str, Tensor] = {}
         images_seen = 0
         start = time.perf_counter()
         label = f"{self.name} {self.epoch + 1}/{self.fit_config.epochs}"
         with tqdm(total=len(self.train_loader), desc=label, unit="step", leave=False) as bar:
-            for index, (images, labels) in enumerate(self.train_loader):
+            for index, (images, labels) in enumerate(batches):
                 terms = self._step(images, labels, self.epoch * len(self.train_loader) + index)
                 for key, value in terms.items():
                     sums[key] = sums.get(key, 0) + value.detach()
@@ -238,9 +242,10 @@ class Trainer:
             row |= {"val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}
             row |= {f"val/iou/{name}": iou for name, iou in zip(self.classes, scores.iou, strict=True)}
         self._append_metrics(row)
-        save_checkpoint(self._state(), self.last)
+        # last.pt comes last: a run that is interrupted before it repeats the epoch, and the other files with it.
         if improved:
             save_checkpoint(self._state(), self.best)
+        save_checkpoint(self._state(), self.last)
         miou = f"mIoU {100 * scores.miou:.2f} %" if scores is not None else "not evaluated"
         losses = " ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in train_row.items() if k.startswith("train/"))
         rate = f"{train_row['images_per_second']:.1f} img/s"
@@ -279,7 +284,6 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.best_miou = state["epoch"], state["best_miou"]
         self.last_scores = Scores(**state["scores"]) if state["scores"] is not None else None
-        self._truncate_metrics()
         self.log(f"{self.name}: resumed from {self.last} after epoch {self.epoch}/{self.fit_config.epochs}")
 
     def _truncate_metrics(self) -> None:
@@ -291,7 +295,9 @@ class Trainer:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
             rows = [row for row in reader if int(row["epoch"]) <= self.epoch]
-        with path.open("w", newline="") as file:
+        temporary = path.with_suffix(".csv.new")
+        with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, header)
             writer.writeheader()
             writer.writerows(rows)
+        temporary.replace(path)

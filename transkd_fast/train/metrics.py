@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from transkd_fast.data import IGNORE_INDEX
+from transkd_fast.data import IGNORE_INDEX, DataError
 
 
 class Scores(NamedTuple):
@@ -62,11 +62,13 @@ class SegmentationMeter:
             The scores.
 
         Raises:
-            ValueError: if no pixel was counted.
+            DataError: if no pixel was counted.
         """
         matrix = self._matrix.compute().double()
         if matrix.sum() == 0:
-            raise ValueError("evaluation: expected at least one labelled pixel, got only ignored ones")
+            raise DataError(
+                "evaluation: expected at least one labelled pixel, got only ignored ones; check the validation labels"
+            )
         hits = matrix.diag()
         union = matrix.sum(0) + matrix.sum(1) - hits
         iou = torch.where(union > 0, hits / union, torch.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from transkd_fast import models
+from transkd_fast import environment, models
 from transkd_fast.train import build
 from transkd_fast.train.build import DistillationTask, Log, Network, SegmentationTask, Task
 from transkd_fast.train.checkpoint import CheckpointError, load_checkpoint
@@ -88,16 +89,20 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
     if config.distill.enabled:
         teacher = build.build_model(config, config.teacher, len(classes), "teacher", log)
         build.class_weights(config.teacher.fit, teacher.num_classes, "teacher.fit", device)
+    fits = {"student": config.fit} | ({"teacher": config.teacher.fit} if teacher is not None else {})
+    loaders = {
+        name: (
+            build.build_loader(config, train_set, fit, name, train=True),
+            build.build_loader(config, val_set, fit, name, train=False),
+        )
+        for name, fit in fits.items()
+    }
     run_dir = _open_run_dir(config)
     log(f"run folder {run_dir}; {len(train_set)} training and {len(val_set)} validation frames, {len(classes)} classes")
 
     def trainer(name: str, task: Task, fit: FitConfig, model: ModelConfig) -> Trainer:
-        loaders = (
-            build.build_loader(config, train_set, fit, name, train=True),
-            build.build_loader(config, val_set, fit, name, train=False),
-        )
         meta = {"kind": name, "network": model.model, "num_classes": model.num_classes or len(classes)}
-        return Trainer(config, name, task, fit, *loaders, classes, run_dir / name, meta, log)
+        return Trainer(config, name, task, fit, *loaders[name], classes, run_dir / name, meta, log)
 
     teacher_scores = None
     task: Task
@@ -130,6 +135,8 @@ def _ready_teacher(config: Config, teacher: Network, trainer: Any, log: Log) -> 
 def _open_run_dir(config: Config) -> Path:
     run_dir = Path(config.run_dir)
     saved = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir: expected a folder or a name that is free, got the file {run_dir}")
     if run_dir.exists() and any(run_dir.iterdir()):
         if not config.resume:
             raise ConfigError(
@@ -143,8 +150,7 @@ def _open_run_dir(config: Config) -> Path:
         raise ConfigError(f"run_dir: expected a run to resume in {run_dir}, found none; set resume=false to start it")
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
-    environment = {"torch": torch.__version__, "device": str(build.select_device(config.device))}
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    (run_dir / "environment.json").write_text(json.dumps(environment.collect(), indent=2) + "\n")
     return run_dir
 
 
@@ -164,11 +170,15 @@ def _check_same_run(config: Config, saved: Config, path: Path) -> None:
 
 
 def _write_summary(result: RunResult) -> None:
+    def plain(scores: Scores) -> dict[str, Any]:
+        # JSON has no NaN, which marks absent classes.
+        return {**scores._asdict(), "iou": [None if math.isnan(iou) else iou for iou in scores.iou]}
+
     summary = {
-        "student_before": result.before._asdict(),
-        "student": result.student.scores._asdict(),
+        "student_before": plain(result.before),
+        "student": plain(result.student.scores),
         "student_best_miou": result.student.best_miou,
-        "teacher": result.teacher._asdict() if result.teacher is not None else None,
+        "teacher": plain(result.teacher) if result.teacher is not None else None,
         "images_per_second": result.student.images_per_second,
         "classes": list(result.classes),
     }

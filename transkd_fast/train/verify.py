@@ -8,6 +8,7 @@ gradient of every parameter, by the largest difference over the largest true val
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections import Counter
@@ -54,7 +55,7 @@ class Row:
         Some gradients are ill-conditioned: the squeeze batch norm sees one value per image, and in bf16 most sums over
         pixels lose digits. No kernel can be closer to fp64 there than the storage precision allows.
         """
-        return max(self.limit, 2 * self.eager)
+        return max(self.limit, 2 * self.eager) if math.isfinite(self.eager) else self.limit
 
     @property
     def agrees(self) -> bool:
@@ -195,7 +196,7 @@ def _larger(a: float, b: float) -> float:
     return b if b != b or b > a else a  # a NaN stays
 
 
-def _measure(ways: list[tuple[DistillationTask, str]], batch: Batch, precision: str) -> list[Measurement]:
+def _measure(ways: list[tuple[DistillationTask, str | None]], batch: Batch, precision: str) -> list[Measurement]:
     """Times the ways in turn, so that a change in the machine's pace meets all of them, then their memory."""
     device = batch[0].device
 

@@ -1,8 +1,8 @@
-// Function multiversioning: the same loop compiled for several instruction sets, the best one taken at load time. It gives the
-// speed of -march=native without its illegal instructions on an older machine.
+// Function multiversioning: the same loop compiled for several instruction sets, the best one taken at load time. It
+// gives the speed of -march=native without its illegal instructions on an older machine.
 //
-// Use it on small non-template functions with branch-free loops. The generic x86-64 levels are named because the names of
-// Intel's architectures do not match AMD's processors.
+// Use it on small non-template functions with branch-free loops. The generic x86-64 levels are named because the names
+// of Intel's architectures do not match AMD's processors.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \

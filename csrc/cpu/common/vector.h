@@ -1,0 +1,32 @@
+// Fixed-width vectors as GCC and clang offer them: the compiler splits them to what the instruction set has, and keeps
+// them in registers where it would spill an array of lanes.
+#pragma once
+
+#include <cstring>
+
+#include "clones.h"
+
+namespace transkd {
+
+// A vector of Bytes / sizeof(T) elements. Pass by reference only: by value their ABI depends on the instruction set.
+template <class T, int Bytes = 64>
+struct Vector {
+  static constexpr int kSize = Bytes / sizeof(T);
+  typedef T Lanes __attribute__((vector_size(Bytes)));
+  Lanes lanes = {};
+
+  TRANSKD_INLINE void load(const T* from) { std::memcpy(&lanes, from, Bytes); }
+  TRANSKD_INLINE void store(T* to) const { std::memcpy(to, &lanes, Bytes); }
+
+  // The sum of all elements, by halves.
+  TRANSKD_INLINE T sum() const {
+    T values[kSize];
+    store(values);
+    for (int width = kSize / 2; width > 0; width /= 2) {
+      for (int k = 0; k < width; ++k) values[k] += values[k + width];
+    }
+    return values[0];
+  }
+};
+
+}  // namespace transkd

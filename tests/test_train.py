@@ -1,0 +1,265 @@
+"""The training loop: what is learnt, what is left alone, what stops it."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import quiet, rows, same, tiny_config
+from torch.optim.lr_scheduler import PolynomialLR
+
+from transkd_fast import models
+from transkd_fast.train import (
+    TrainingError,
+    build,
+    train,
+)
+from transkd_fast.train.build import DistillationTask
+from transkd_fast.train.checkpoint import load_checkpoint
+from transkd_fast.train.config import FitConfig
+from transkd_fast.train.loop import Trainer, learning_rate
+from transkd_fast.train.memory import keep_freed_memory, peak_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(monkeypatch):
+    for name, network in tiny_run.MODELS.items():
+        monkeypatch.setitem(models.MODELS, name, network)
+
+
+def make_trainer(config, folder):
+    """A trainer of the student of `config`, with an untrained teacher."""
+    sets = [build.build_dataset(config, split) for split in ("train", "val")]
+    count = sets[0].num_classes
+    student = build.build_model(config, config.student, count, "student", quiet)
+    teacher = build.build_model(config, config.teacher, count, "teacher", quiet)
+    task = DistillationTask(build.build_transkd(config, student, teacher), teacher)
+    loaders = [
+        build.build_loader(config, s, config.fit, "student", t) for s, t in zip(sets, (True, False), strict=True)
+    ]
+    return Trainer(config, "student", task, config.fit, *loaders, sets[0].classes, folder, {"kind": "student"}, quiet)
+
+
+# The schedule.
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9, 2.0])
+def test_decay_is_torchs_polynomial(power):
+    fit = FitConfig(lr=0.5, power=power)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = PolynomialLR(optimizer, total_iters=20, power=power)
+    for step in range(21):
+        assert learning_rate(fit, step, 20) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        schedule.step()
+    assert learning_rate(fit, 20, 20) == 0.0
+
+
+def test_warm_up_is_linear_and_decay_starts_from_its_end():
+    fit = FitConfig(lr=0.8, warmup_steps=4)
+    rates = [learning_rate(fit, step, 12) for step in range(13)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert rates[4:] == pytest.approx([0.8 * (1 - k / 8) for k in range(9)])
+
+
+@pytest.mark.parametrize("total", [3, 4])
+def test_warm_up_longer_than_the_training(total):
+    fit = FitConfig(lr=0.8, warmup_steps=4)
+    assert [learning_rate(fit, step, total) for step in range(total)] == pytest.approx([0.2, 0.4, 0.6, 0.8][:total])
+
+
+def test_every_step_has_its_own_rate(tmp_path):
+    config = tiny_config(tmp_path, fit__epochs=3, fit__warmup_steps=2)
+    trainer, rates = make_trainer(config, tmp_path), []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.fit()
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+
+
+# The loop.
+
+
+def test_losses_fall_and_the_scores_rise_when_a_few_frames_are_learnt_by_heart(tmp_path):
+    trainer = make_trainer(tiny_config(tmp_path, fit__epochs=25, data__augment="none", fit__eval_every=25), tmp_path)
+    trainer.val_loader = trainer.train_loader
+    before = trainer.evaluate()
+    result = trainer.fit()
+    table = rows(tmp_path)
+    for term, share in (("loss", 0.6), ("ce", 0.6), ("hcl", 0.6), ("pea", 0.8)):
+        assert float(table[-1][f"train/{term}"]) < share * float(table[0][f"train/{term}"]), term
+    assert result.scores.pixel_accuracy > before.pixel_accuracy + 0.2
+
+
+def test_a_step_is_adamw_on_the_sum_of_the_terms(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        fit__epochs=1,
+        fit__weight_decay=0.1,
+        fit__betas="[0.8,0.99]",
+        fit__clip_norm=0.5,
+        student__drop_path=0,
+    )
+    trainer = make_trainer(config, tmp_path)
+    task = copy.deepcopy(trainer.task)
+    trainer.fit()
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=0.01, betas=(0.8, 0.99), weight_decay=0.1)
+    trainer.train_loader.sampler.set_epoch(0)
+    for rate, (images, labels) in zip((0.01, 0.005), trainer.train_loader, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        sum(task.losses(images, labels.long()).values()).backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 0.5)
+        optimizer.step()
+    assert same(dict(trainer.task.model.state_dict()), dict(task.model.state_dict()))
+
+
+@pytest.mark.parametrize("augment", ["none", "scale_crop"])
+def test_every_epoch_has_its_own_order_and_augmentation(augment, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, fit__epochs=2, data__augment=augment, data__train_length=8)
+    trainer, seen = make_trainer(config, tmp_path), []
+    step = trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda images, *rest: (seen.extend(images), step(images, *rest))[1])
+    trainer.fit()
+    first, second = ([tuple(image.flatten().tolist()) for image in epoch] for epoch in (seen[:8], seen[8:]))
+    assert first != second
+    # Unaugmented, the same frames come in another order; augmented, hardly any frame comes back as it was.
+    assert len(set(first)) == 8
+    assert len(set(first) & set(second)) == (8 if augment == "none" else 0)
+
+
+def test_the_teacher_is_left_as_it_is(tmp_path):
+    trainer = make_trainer(tiny_config(tmp_path, teacher__drop_path=0.5), tmp_path)
+    teacher, modes = trainer.task.teacher, []
+    before = copy.deepcopy(teacher.state_dict())
+    teacher.register_forward_hook(
+        lambda module, _, out: modes.append(
+            (any(m.training for m in module.modules()), out.features[0].requires_grad, out.logits is None)
+        )
+    )
+    trainer.fit()
+    assert modes == [(False, False, True)] * 4
+    assert same(dict(teacher.state_dict()), dict(before))
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not {id(p) for p in teacher.parameters()} & {
+        id(p) for g in trainer.optimizer.param_groups for p in g["params"]
+    }
+
+
+def test_evaluation_changes_nothing_and_puts_the_mode_back(tmp_path):
+    trainer = make_trainer(tiny_config(tmp_path), tmp_path)
+    trainer.task.model.train()
+    before = copy.deepcopy(trainer.task.model.state_dict())
+    assert trainer.evaluate() == trainer.evaluate()
+    assert same(dict(trainer.task.model.state_dict()), dict(before))
+    assert all(module.training for module in trainer.task.deployed.modules())
+
+
+@pytest.mark.parametrize("clip_norm", ["0.001", "null"])
+def test_gradients_are_clipped(clip_norm, tmp_path):
+    trainer, norms = make_trainer(tiny_config(tmp_path, fit__clip_norm=clip_norm), tmp_path), []
+
+    def measure(optimizer, *_):
+        gradients = [p.grad for p in trainer.task.model.parameters() if p.grad is not None]
+        norms.append(torch.cat([g.flatten() for g in gradients]).double().norm().item())
+
+    trainer.optimizer.register_step_pre_hook(measure)
+    trainer.fit()
+    if clip_norm == "null":
+        assert min(norms) > 0.1
+    else:
+        assert norms == pytest.approx([0.001] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision(precision, tmp_path):
+    trainer, dtypes = make_trainer(tiny_config(tmp_path, precision=precision), tmp_path), set()
+    for network in (trainer.task.deployed, trainer.task.teacher):
+        network.stages[1].register_forward_hook(lambda _, __, out: dtypes.add(out.dtype))
+    result = trainer.fit()
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert {p.dtype for p in trainer.task.model.parameters()} == {torch.float32}
+    assert all(math.isfinite(float(row["train/loss"])) for row in rows(tmp_path))
+    assert math.isfinite(result.scores.miou)
+
+
+def test_terms_are_weighted(tmp_path):
+    images, labels = torch.rand(2, 3, 64, 64), torch.randint(10, (2, 64, 64))
+    terms = []
+    for weights in ((1.0, 1.0), (0.5, 3.0)):
+        trainer = make_trainer(tiny_config(tmp_path, student__drop_path=0), tmp_path)
+        task = DistillationTask(trainer.task.model, trainer.task.teacher, *weights)
+        terms.append({name: value.item() for name, value in task.losses(images, labels).items()})
+    plain, weighted = terms
+    assert list(plain) == ["ce", "hcl", "pea"]
+    assert weighted == pytest.approx({"ce": plain["ce"], "hcl": 0.5 * plain["hcl"], "pea": 3 * plain["pea"]})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_training(value, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_config(tmp_path, fit__epochs=3), tmp_path)
+    losses, calls = trainer.task.losses, []
+
+    def broken(images, labels):
+        calls.append(None)
+        terms = losses(images, labels)
+        return terms | {"hcl": terms["hcl"] * value} if len(calls) == 4 else terms
+
+    monkeypatch.setattr(trainer.task, "losses", broken)
+    with pytest.raises(TrainingError) as error:
+        trainer.fit()
+    message = str(error.value)
+    assert "loss, hcl are not finite in epoch 2" in message and "ce" not in message.split("are not finite")[0]
+    assert str(tmp_path / "last.pt") in message
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert state["epoch"] == 1 and all(t.isfinite().all() for t in state["model"].values() if t.is_floating_point())
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
+
+
+def test_evaluations_are_spaced_and_the_last_epoch_is_evaluated(tmp_path):
+    make_trainer(tiny_config(tmp_path, fit__epochs=5, fit__eval_every=2), tmp_path).fit()
+    assert [row["val/miou"] != "" for row in rows(tmp_path)] == [False, True, False, True, True]
+
+
+def test_best_checkpoint_is_that_of_the_best_miou(tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_config(tmp_path, fit__epochs=4), tmp_path)
+    scores = trainer.evaluate()
+    course = iter([0.1, 0.3, 0.2, 0.3])
+    monkeypatch.setattr(trainer, "evaluate", lambda: scores._replace(miou=next(course)))
+    result = trainer.fit()
+    assert (load_checkpoint(result.best)["epoch"], load_checkpoint(result.last)["epoch"]) == (2, 4)
+    assert (result.best_miou, result.scores.miou) == (0.3, 0.3)
+
+
+# The process.
+
+
+def test_threads_are_set(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        train(tiny_config(tmp_path / "run", threads=1, distill__enabled=False, fit__epochs=1), quiet)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_keeping_memory_says_why_it_cannot(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert keep_freed_memory() == "needs glibc; this is darwin"
+
+
+def test_peak_memory():
+    def work():
+        first, second = torch.zeros(2**20), torch.zeros(2**21)
+        del first
+        third = torch.zeros(2**19)
+        return len(second) + len(third)
+
+    held = torch.zeros(2**20)
+    result, peak = peak_memory(work, CPU)
+    assert result == 2**21 + 2**19 and len(held) == 2**20
+    assert peak == pytest.approx(4 * (2**20 + 2**21), rel=1e-3)

@@ -1,0 +1,198 @@
+"""The comparison of fused against eager: it agrees with right kernels, and finds wrong ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import pattern, quiet, tiny_config
+
+from transkd_fast import BackendError, backends, models
+from transkd_fast.train import CheckpointError, ConfigError, build, run, train, verify_config, verify_run
+from transkd_fast.train.build import DistillationTask
+from transkd_fast.train.checkpoint import load_checkpoint
+from transkd_fast.train.verify import Row, verify
+
+STAGES = 4
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(monkeypatch):
+    for name, network in tiny_run.MODELS.items():
+        monkeypatch.setitem(models.MODELS, name, network)
+
+
+def report_of(tmp_path, **settings):
+    return verify_config(tiny_config(tmp_path / "run", **settings), quiet)
+
+
+def change_kernel(monkeypatch, name, change, calls=None):
+    """Passes the first result of hcl's compiled `name` through `change`; `calls` limits it to those, from 1."""
+    kernel, count = getattr(torch.ops.transkd_fast, name), []
+
+    def changed(*arguments):
+        result = kernel(*arguments)
+        count.append(None)
+        if calls is not None and len(count) not in calls:
+            return result
+        return (change(result[0]), *result[1:]) if isinstance(result, tuple) else change(result)
+
+    monkeypatch.setattr(torch.ops.transkd_fast, name, changed)
+    return count
+
+
+@pytest.mark.parametrize("networks", [{}, tiny_run.SEGFORMER])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_right_kernels_agree(networks, precision, tmp_path):
+    report = report_of(tmp_path, precision=precision, verify__batches=2, **networks)
+    assert [(row.name, row.difference, row.bound) for row in report.disagreements] == []
+    assert (report.exit_code, report.precision) == (0, precision)
+    assert report.verdict == f"agree ({len(report.rows)} tensors)"
+    assert report.runs["hcl", "cpu"] == 2 * STAGES and ("hcl", "eager") not in report.runs
+    assert report.fused_runs >= 2 * STAGES
+    for measured in (report.checked, report.eager):
+        assert measured.images_per_second > 0 and measured.peak_bytes > 2**10
+
+
+@pytest.mark.parametrize("variant", ["base", "gl", "ea"])
+def test_every_term_and_every_trained_tensor_is_compared(variant, tmp_path):
+    config = tiny_config(tmp_path / "run", distill__variant=variant)
+    student, teacher = tiny_run.TinyNet(10), tiny_run.TinyTeacher(10)
+    names = [name for name, _ in build.build_transkd(config, student, teacher).named_parameters()]
+    report = verify_config(config, quiet)
+    assert report.exit_code == 0
+    assert [row.name for row in report.rows] == [
+        *("loss/ce", "loss/hcl", "loss/pea"),
+        *(f"grad/{name}" for name in names),
+    ]
+
+
+def test_eager_alone_is_exit_2(tmp_path):
+    report = report_of(tmp_path, backend="eager")
+    assert (report.exit_code, report.verdict, report.fused_runs) == (2, "NOTHING FUSED RAN", 0)
+    assert {backend for _, backend in report.runs} == {"eager"}
+
+
+def test_no_compiled_extension_is_exit_2(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None if backend == "eager" else "not here")
+    assert report_of(tmp_path).exit_code == 2
+
+
+def test_a_gradient_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
+    calls = change_kernel(monkeypatch, "hcl_bwd", lambda gradient: 1.01 * gradient)
+    report = report_of(tmp_path)
+    assert len(calls) >= STAGES
+    assert report.exit_code == 1 and report.verdict.startswith("DISAGREE")
+    wrong = {row.name for row in report.disagreements}
+    assert all(name.startswith("grad/") for name in wrong)
+    # CSF's gradients come from hcl alone, and are off by the whole hundredth.
+    differences = [row.difference for row in report.rows if row.name.startswith("grad/skfs.") and row.name in wrong]
+    assert max(differences) == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_loss_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
+    calls = change_kernel(monkeypatch, "hcl_fwd", lambda loss: 1.01 * loss)
+    report = report_of(tmp_path)
+    assert len(calls) >= STAGES
+    assert report.exit_code == 1
+    assert [row.name for row in report.disagreements] == ["loss/hcl"]
+    assert report.disagreements[0].difference == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["hcl_fwd", "hcl_bwd"])
+def test_rounding_is_no_disagreement(name, tmp_path, monkeypatch):
+    change_kernel(monkeypatch, name, lambda value: (1 + 1e-6) * value)
+    assert report_of(tmp_path).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["hcl_fwd", "hcl_bwd"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_what_is_not_finite_in_one_batch_disagrees(name, value, batch, tmp_path, monkeypatch):
+    change_kernel(monkeypatch, name, lambda right: right * value, calls={batch * STAGES + 1})
+    report = report_of(tmp_path, verify__batches=2)
+    assert report.exit_code == 1
+    assert not any(math.isfinite(row.difference) for row in report.disagreements)
+
+
+def test_limits_are_those_of_the_configuration(tmp_path, monkeypatch):
+    change_kernel(monkeypatch, "hcl_fwd", lambda loss: 1.01 * loss)
+    assert report_of(tmp_path, verify__limit_fp32=0.02).exit_code == 0
+    assert report_of(tmp_path, verify__limit_fp32=0.005).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("difference", "eager", "agrees"),
+    [
+        (0.1, 0.0, True),
+        (0.11, 0.0, False),
+        (0.19, 0.1, True),
+        (0.21, 0.1, False),
+        (math.nan, 0.0, False),
+        (math.nan, math.nan, False),
+        (0.11, math.nan, False),
+        (0.11, math.inf, False),
+        (math.inf, math.inf, False),
+        (math.inf, 0.0, False),
+    ],
+)
+def test_a_row_agrees_within_its_bound(difference, eager, agrees):
+    assert Row("loss/x", difference, eager, 0.1).agrees is agrees
+
+
+def test_randomness_is_off_and_the_task_is_left_as_it_was(tmp_path):
+    config = tiny_config(tmp_path / "run", student__drop_path=0.9)
+    dataset = build.build_dataset(config, "train")
+    student = build.build_model(config, config.student, 10, "student", quiet)
+    teacher = build.build_model(config, config.teacher, 10, "teacher", quiet)
+    task = DistillationTask(build.build_transkd(config, student, teacher), teacher)
+    task.model.eval()
+    before = copy.deepcopy((task.model.state_dict(), teacher.state_dict()))
+    loader = build.build_loader(config, dataset, config.fit, "verify", train=True)
+    batches = [(images, labels.long()) for images, labels in loader][:1]
+    report = verify(task, batches, config)
+    assert report.exit_code == 0
+    assert student.drop.p == 0.9 and not any(module.training for module in task.model.modules())
+    for old, new in zip(before, (task.model.state_dict(), teacher.state_dict()), strict=True):
+        assert all(torch.equal(old[key], new[key]) and old[key].dtype == new[key].dtype for key in old)
+    assert all(p.grad is None for p in task.model.parameters())
+
+
+def test_stochastic_depth_of_a_real_network_is_off(tmp_path):
+    assert report_of(tmp_path, student__drop_path=0.9, **tiny_run.SEGFORMER).exit_code == 0
+
+
+def test_a_backend_without_a_kernel_is_refused_rather_than_replaced(tmp_path, monkeypatch):
+    monkeypatch.delitem(backends._registry["hcl"], "cpu")
+    with pytest.raises(BackendError, match="backend='cpu' cannot run: no kernel for this op yet"):
+        report_of(tmp_path, backend="cpu")
+
+
+def test_more_batches_than_the_data_yields(tmp_path):
+    with pytest.raises(ConfigError, match=r"verify\.batches: expected at most 2, all that the data yields, got 3"):
+        report_of(tmp_path, verify__batches=3)
+
+
+def test_nothing_to_verify_without_distillation(tmp_path):
+    with pytest.raises(ConfigError, match=r"distill\.enabled: expected true"):
+        report_of(tmp_path, distill__enabled=False)
+
+
+def test_verification_of_a_run_takes_its_weights(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path / "run")
+    train(config, quiet)
+    tasks, compare = [], run.verify
+    monkeypatch.setattr(run, "verify", lambda task, *rest: (tasks.append(task), compare(task, *rest))[1])
+    assert verify_run(config, quiet).exit_code == 0
+    for model, name in ((tasks[0].model, "student"), (tasks[0].teacher, "teacher")):
+        saved = load_checkpoint(tmp_path / "run" / name / "last.pt")["model"]
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_verification_of_a_run_without_whole_checkpoints(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=pattern(str(tmp_path / "run" / "student" / "last.pt"))):
+        verify_run(config, quiet)
