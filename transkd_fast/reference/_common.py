@@ -45,7 +45,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Returns a context in which autocast is off on the tensor's device, where autocast exists there at all."""
     device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type):
+    # Dynamo of torch 2.11 cannot trace the question; where it compiles, autocast exists.
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
