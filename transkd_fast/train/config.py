@@ -148,12 +148,14 @@ class VerifyConfig:
     """How ``transkd verify`` compares; see :mod:`transkd_fast.train.verify`.
 
     Args:
+        precision: "fp32" or "bf16"; null for the run's.
         batches: number of batches.
         batch_size: frames per batch.
         limit_fp32: largest max-norm relative difference allowed in fp32.
         limit_bf16: the same in bf16.
     """
 
+    precision: str | None = None
     batches: int = 2
     batch_size: int = 4
     limit_fp32: float = 1e-4

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _INT_MAX = 2**31 - 1
+_PROFILER_CHATTER = (b"ActivityProfiler", b"CPUAllocator.cpp", b"gpuGetDeviceCount failed")
 
 
 def keep_freed_memory() -> str | None:
@@ -55,12 +58,29 @@ def peak_memory(function: Callable[[], T], device: torch.device) -> tuple[T, int
         result = function()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "5"
-    )  # read at the profiler's first use: it reports its own start and stop
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _without_profiler_chatter(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = function()
     return result, _peak_of(profiler)
+
+
+@contextmanager
+def _without_profiler_chatter() -> Iterator[None]:
+    """Hold back what the profiler's C++ side prints about itself on stderr, and pass everything else on."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            for line in held:
+                if not any(chatter in line for chatter in _PROFILER_CHATTER):
+                    os.write(2, line)
 
 
 def _peak_of(profiler: Any) -> int:
