@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Which torch a new .venv gets: requirements, or pip's options, e.g. TORCH="torch==2.11.0 torchvision==0.26.0".
+TORCH ?= torch torchvision
 SOURCES := setup.py pyproject.toml $(shell find tools csrc -type f -not -name '*.pyc')
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench dist-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -13,7 +16,7 @@ $(BIN)/python:
 
 # torch first: the build then uses it instead of fetching a second one into its isolated environment.
 $(STAMP): $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
 	$(BIN)/transkd env
 	touch $@
@@ -28,15 +31,19 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
+
+# The package as others get it: built from its source distribution, installed, used from another folder.
+dist-check: $(STAMP)
+	bash tools/dist_check.sh $(abspath $(BIN))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info transkd_fast/*.so

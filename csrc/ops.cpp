@@ -1,5 +1,5 @@
-// The schemas of all raw ops. They are private to transkd_fast/ops/, which validates, allocates nothing and wraps them
-// in autograd.
+// The schemas of all raw ops. They are private: transkd_fast/ops/ checks the arguments, calls the raw ops and connects
+// their gradients to autograd.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(transkd_fast, m) {

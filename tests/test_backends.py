@@ -275,3 +275,21 @@ except transkd_fast.BackendError as error:
     assert "hcl: passed over backend cpu: " in err
     assert out.startswith("hcl: backend='cpu' cannot run: ") and "use backend='eager'" in out
     assert ("No module named" if extension == "missing" else "_C") in out
+
+
+def test_threads_leave_in_any_order():
+    """The first to enter leaves first; the other's choice must stay until it leaves too."""
+    first, second = use_backend("eager"), use_backend("cpu", ops=["hcl"])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    maps = (torch.zeros(1, 1, 4, 4),) * 2
+    assert backends.choose("hcl", maps) == "cpu"
+    assert backends._choice == [{"hcl": "cpu"}]
+    second.__exit__(None, None, None)
+    assert backends._choice == []
+
+
+def test_none_changes_nothing():
+    with use_backend("eager"), use_backend(None):
+        assert backends.choose("hcl", (torch.zeros(1, 1, 4, 4),) * 2) == "eager"

@@ -43,6 +43,13 @@ def refused(capsys, *arguments):
     return message
 
 
+def empty(folder):
+    """A configuration file that changes nothing."""
+    path = folder / "empty.yaml"
+    path.write_text("{}\n")
+    return path
+
+
 # env
 
 
@@ -129,7 +136,7 @@ def test_resume(tmp_path, capsys):
         (["eval", "/nowhere/run"], "/nowhere/run: expected a checkpoint"),
         (["verify", "distill.enabled=false"], "distill.enabled: expected true"),
         (["verify", "verify.batches=9"], "verify.batches: expected at most 2"),
-        (["demo", "precision=fp8"], "precision: expected one of 'fp32', 'bf16'"),
+        (["train", "precision=fp8"], "precision: expected one of 'fp32', 'bf16'"),
     ],
 )
 def test_bad_input_is_exit_3_and_a_message(arguments, message, tmp_path, capsys, monkeypatch):
@@ -185,7 +192,7 @@ def test_verify_prints_every_tensor_when_asked(tmp_path, capsys):
     assert transkd("verify", "--all", *overrides(tmp_path / "run")) == 0
     out = capsys.readouterr().out
     count = int(out.split("verify: agree (")[1].split()[0])
-    assert sum(line.startswith(("loss/", "grad/")) for line in out.splitlines()) == count
+    assert sum(line.startswith(("loss/", "grad/", "buffer/")) for line in out.splitlines()) == count
     assert "--all" not in out
 
 
@@ -214,7 +221,7 @@ def test_verify_with_a_backend_that_cannot_run(tmp_path, capsys, monkeypatch):
 
 
 def test_demo_fails_when_the_student_did_not_learn(tmp_path, capsys):
-    assert transkd("demo", *overrides(tmp_path / "run", fit__epochs=1)) == 1
+    assert transkd("demo", "--config", empty(tmp_path), *overrides(tmp_path / "run", fit__epochs=1)) == 1
     captured = capsys.readouterr()
     assert "the student did not learn enough: expected +15 points of mIoU and 5 classes above 20 % IoU" in captured.err
     for row in ("verify ", "training ", "teacher mIoU ", "student mIoU before ", "student mIoU after ", "run folder "):
@@ -225,10 +232,10 @@ def test_demo_fails_when_the_student_did_not_learn(tmp_path, capsys):
 def test_demo_succeeds_when_it_learnt_and_overwrites_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "DEMO_GAIN", -1.0)
     monkeypatch.setattr(cli, "DEMO_CLASSES", 0)
-    assert transkd("demo", *overrides(tmp_path / "run", fit__epochs=1)) == 0
-    assert transkd("demo", *overrides(tmp_path / "run", fit__epochs=1)) == 0
+    assert transkd("demo", "--config", empty(tmp_path), *overrides(tmp_path / "run", fit__epochs=1)) == 0
+    assert transkd("demo", "--config", empty(tmp_path), *overrides(tmp_path / "run", fit__epochs=1)) == 0
     assert capsys.readouterr().out.endswith(f" {tmp_path / 'run-2'}\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "run-2"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"run", "run-2"}
 
 
 @pytest.mark.parametrize(("row", "fused", "code"), [(Row("loss/ce", 1.0, 0.0, 0.1), 1, 1), (None, 0, 2)])
@@ -244,4 +251,29 @@ def test_demo_passes_on_what_verify_found(row, fused, code, tmp_path, monkeypatc
         return report
 
     monkeypatch.setattr(run, "verify_run", verify_run)
-    assert transkd("demo", *overrides(tmp_path / "run", fit__epochs=1)) == code
+    assert transkd("demo", "--config", empty(tmp_path), *overrides(tmp_path / "run", fit__epochs=1)) == code
+
+
+def test_demo_wants_a_configuration(capsys):
+    assert "required: --config" in refused(capsys, "demo")
+
+
+def test_an_error_nobody_foresaw_is_no_verdict(tmp_path, capsys, monkeypatch):
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("as if")
+
+    monkeypatch.setattr(run, "verify", broken)
+    assert transkd("verify", *overrides(tmp_path / "run")) == 4
+    assert "ZeroDivisionError: as if" in capsys.readouterr().err
+
+
+def test_an_unknown_backend_in_the_environment(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRANSKD_FAST_BACKEND", "gpu")
+    message = refused(capsys, "train", *overrides(tmp_path / "run"))
+    assert "environment variable TRANSKD_FAST_BACKEND" in message and "'gpu'" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, "train", *overrides(tmp_path / "file" / "run"))

@@ -51,7 +51,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
             "data.jitter=0.125", "data.train_length=9", "data.val_length=8", "data.cache=false", "data.workers=2",
             "data.check=false", "student.model=segformer_b1", "student.weights=s.pt", "student.num_classes=20",
             "student.drop_path=0.25", "teacher.model=segformer_b1", "teacher.weights=t.pt", "teacher.num_classes=20",
-            "teacher.drop_path=0.5",
+            "teacher.drop_path=0.5", "student.weights_prefix=student.", "teacher.weights_prefix=t.",
             *(
                 f"{fit}.{setting}"
                 for fit in ("fit", "teacher.fit")
@@ -64,7 +64,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
             "distill.feature_loss=null", "distill.feature_weight=0.5", "distill.feature_stage_weights=[1,2,3,4]",
             "distill.embeddings=[2,4]", "distill.embedding_weight=0.25", "distill.embedding_stage_weights=[4,3,2,1]",
             "distill.temperature=4", "verify.batches=5", "verify.batch_size=6", "verify.limit_fp32=1e-6",
-            "verify.limit_bf16=0.125",
+            "verify.limit_bf16=0.125", "verify.precision=fp32",
         ],
     )  # fmt: skip
     defaults = dict(leaves(Config()))

@@ -173,10 +173,10 @@ def test_views(view, backend):
 @kernel_names
 def test_layouts_may_differ(backend):
     student, teacher = make((2, 6, 10, 12))
-    truth = run(student.double(), teacher.double(), "eager")
     teacher = teacher.contiguous(memory_format=torch.channels_last)
     for s, t in ((student, teacher), (teacher, student)):
-        for value, true in zip(run(s, t, backend)[:1], truth[:1], strict=True):
+        truth = run(s.double().contiguous(), t.double().contiguous(), "eager")
+        for value, true in zip(run(s, t, backend), truth, strict=True):
             assert relative(value, true) < TOLERANCE[torch.float32]
 
 

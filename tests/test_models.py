@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.profiler import profile
 
 from transkd_fast.models import (
@@ -26,6 +27,7 @@ from transkd_fast.models.segformer import DropPath
 GOLDEN_CASES = [case for case in golden_io.load("nets")["cases"] if case["net"].startswith("mit_")]
 FACTORIES = {"mit_b0": segformer_b0, "mit_b1": segformer_b1, "mit_b2": segformer_b2}
 B0_CHANNELS = (32, 64, 160, 256)
+FUSED = ("linear_c1.proj", "linear_c2.proj", "linear_c3.proj", "linear_c4.proj", "linear_fuse.conv")
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +132,112 @@ def test_eval_is_deterministic_and_per_image(b0):
     torch.testing.assert_close(b0(images).logits, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (65, 97)])
-def test_decoder_equals_the_published_order(size):
-    torch.manual_seed(1)
-    model = randomise_norms(segformer_b1(num_classes=7)).double().eval()
-    out = model(torch.rand(1, 3, *size, dtype=torch.float64))
+def published_fusion(model: SegFormer, features: list[torch.Tensor]) -> torch.Tensor:
+    """The decoder up to its classifier in the published order: project, upsample, concatenate, convolve."""
     maps = []
     for m in (3, 2, 1, 0):
-        x = getattr(model, f"linear_c{m + 1}")["proj"](out.features[m].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        maps.append(F.interpolate(x, out.features[0].shape[-2:], mode="bilinear", align_corners=False))
-    fused = F.relu(model.linear_fuse.bn(model.linear_fuse.conv(torch.cat(maps, 1))))
-    torch.testing.assert_close(out.logits, model.linear_pred(fused), rtol=1e-12, atol=1e-12)
+        x = getattr(model, f"linear_c{m + 1}")["proj"](features[m].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        maps.append(F.interpolate(x, features[0].shape[-2:], mode="bilinear", align_corners=False))
+    return F.relu(model.linear_fuse.bn(model.linear_fuse.conv(torch.cat(maps, 1))))
+
+
+def fused_modules(model: SegFormer) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in FUSED]
+
+
+def do_nothing(*args) -> None:
+    return None
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["folded", "called"])
+@pytest.mark.parametrize("size", [(64, 64), (65, 97)])
+def test_decoder_equals_the_published_order(size, hooked):
+    torch.manual_seed(1)
+    model = randomise_norms(segformer_b1(num_classes=7)).double().eval()
+    if hooked:
+        model.linear_fuse.conv.register_forward_hook(do_nothing)
+    out = model(torch.rand(1, 3, *size, dtype=torch.float64))
+    expected = model.linear_pred(published_fusion(model, out.features))
+    torch.testing.assert_close(out.logits, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_the_decoder_fire(b0, kind, name):
+    model, calls = copy.deepcopy(b0), []
+    module = model.get_submodule(name)
+    getattr(module, f"register_{kind}_hook")(lambda *args: calls.append(args[0]))
+    model(torch.rand(1, 3, 32, 32)).logits.sum().backward()
+    assert calls == [module]
+
+
+class Doubled(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.module(x)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("way", ["replaced", "assigned forward"])
+def test_wrapped_modules_of_the_decoder_are_called(b0, name, way):
+    """As libraries of low-rank adapters replace modules, and those that offload weights assign `forward`."""
+    images, model = torch.rand(1, 3, 32, 32), copy.deepcopy(b0)
+    module = model.get_submodule(name)
+    if way == "replaced":
+        model.set_submodule(name, Doubled(module))
+    else:
+        module.forward = Doubled(b0.get_submodule(name)).forward
+    out = model(images)
+    torch.testing.assert_close(out.logits, model.linear_pred(published_fusion(model, out.features)))
+    assert not torch.allclose(out.logits, b0(images).logits)
+
+
+def test_biases_that_are_not_published(b0):
+    """A batch norm folded into the convolution gives it a bias; a projection may have lost its own."""
+    model = copy.deepcopy(b0)
+    model.linear_fuse.conv = nn.Conv2d(1024, 256, 1)
+    model.linear_c2["proj"] = nn.Linear(64, 256, bias=False)
+    out = model(torch.rand(1, 3, 32, 32))
+    torch.testing.assert_close(out.logits, model.linear_pred(published_fusion(model, out.features)))
+
+
+def test_pruning_the_decoder_takes_effect(b0):
+    model, images = copy.deepcopy(b0).double(), torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    for module in fused_modules(model):
+        prune.random_unstructured(module, "weight", amount=0.5)
+    with torch.no_grad():
+        for module in fused_modules(model):
+            module.weight_orig.mul_(2)  # As an optimizer step: only the pre-hook brings it into `weight`.
+    out = model(images)
+    for module in fused_modules(model):
+        torch.testing.assert_close(module.weight, module.weight_orig * module.weight_mask, rtol=0, atol=0)
+        assert (module.weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    expected = model.linear_pred(published_fusion(model, out.features))
+    torch.testing.assert_close(out.logits, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_dynamic_quantization(b0):
+    images = torch.rand(1, 3, 64, 64)
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(b0), {nn.Linear})
+    assert all(type(p) is not nn.Linear for p in fused_modules(quantized)[:4])
+    with torch.no_grad():
+        expected, actual = b0(images).logits, quantized(images).logits
+    assert (actual - expected).abs().max() <= 5e-2 * expected.abs().max()
+
+
+def test_autocast_does_not_round_the_folded_weights_twice():
+    torch.manual_seed(0)
+    model = randomise_norms(segformer_b1()).eval()
+    features = [torch.randn(2, c, 64 >> m, 64 >> m) for m, c in enumerate(model.channels)]
+    exact = published_fusion(copy.deepcopy(model).double(), [x.double() for x in features])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        folded = model.linear_fuse(features, fused_modules(model)[:4])
+        published = published_fusion(model, features)
+    assert (folded.double() - exact).norm() <= 1.1 * (published.double() - exact).norm()
 
 
 def test_training_is_stochastic_and_reaches_every_parameter():
@@ -216,12 +313,19 @@ def test_autocast(b0):
         assert (got.double() - want).abs().max() <= 4e-2 * want.abs().max()
 
 
-def test_compile_fullgraph(b0):
-    compiled = torch.compile(b0, fullgraph=True, backend="aot_eager")
-    images = torch.rand(2, 3, 33, 65)
-    expected, out = b0(images), compiled(images)
+@pytest.mark.parametrize("hooked", [False, True], ids=["folded", "called"])
+def test_compile_fullgraph(b0, hooked):
+    model, images = copy.deepcopy(b0), torch.rand(2, 3, 33, 65)
+    if hooked:
+        model.linear_fuse.conv.register_forward_hook(do_nothing)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, out = model(images), compiled(images)
     torch.testing.assert_close(out.logits, expected.logits)
     torch.testing.assert_close(compiled(images, features_only=True).features, expected.features)
+    exact = copy.deepcopy(model).double()(images.double()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        eager_error, error = ((run(images).logits.double() - exact).norm() for run in (model, compiled))
+    assert error <= 1.1 * eager_error
 
 
 def test_create_by_name():

@@ -91,7 +91,7 @@ def test_metrics_file(uninterrupted):
     terms = {"teacher": ["loss", "ce"], "student": ["loss", "ce", "hcl", "pea"]}
     for name, epochs in (("teacher", 2), ("student", 3)):
         table = rows(uninterrupted / name)
-        assert list(table[0]) == common + [f"train/{term}" for term in terms[name]] + scores
+        assert list(table[0]) == common + [f"train/{term}" for term in (*terms[name], "grad_norm")] + scores
         assert [(int(row["epoch"]), int(row["step"])) for row in table] == [(e, 2 * e) for e in range(1, epochs + 1)]
         for row in table:
             total = sum(float(row[f"train/{term}"]) for term in terms[name][1:])
@@ -172,6 +172,7 @@ def test_a_student_alone(tmp_path):
     assert [key for key in rows(tmp_path / "run" / "student")[0] if key.startswith("train/")] == [
         "train/loss",
         "train/ce",
+        "train/grad_norm",
     ]
     assert not (tmp_path / "run" / "teacher").exists()
     assert evaluate_run(tmp_path / "run", [], quiet)[0].miou == result.student.scores.miou
@@ -231,13 +232,27 @@ def test_a_folder_of_real_files_trains(tmp_path):
     assert len(result.classes) == 11 and math.isfinite(result.student.scores.miou)
 
 
-def test_labels_that_are_all_ignored(tmp_path):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_that_are_all_ignored(split, tmp_path):
     root = camvid_folder(tmp_path / "data")
-    for path in (root / "labels/val").iterdir():
+    for path in (root / "labels" / split).iterdir():
         overwrite_label(path, 11)
     settings = {"data__name": "camvid", "data__root": root, "data__train_length": "null", "data__val_length": "null"}
-    with pytest.raises(DataError, match="expected at least one labelled pixel"):
+    with pytest.raises(DataError, match=f"{split}: expected labelled pixels, got only ignored ones"):
         train(tiny_config(tmp_path / "run", **settings), quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_labels_of_different_sizes_are_scored_one_by_one(tmp_path):
+    root = camvid_folder(tmp_path / "data")
+    for folder in ("images", "labels"):
+        path = sorted((root / folder / "val").iterdir())[0]
+        image = Image.open(path)
+        image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
+    settings = {"data__name": "camvid", "data__root": root, "data__train_length": "null", "data__val_length": "null"}
+    result = train(tiny_config(tmp_path / "run", **settings), quiet)
+    again, _ = evaluate_run(tmp_path / "run", [], quiet)
+    assert same(result.student.scores.iou, again.iou)
 
 
 @pytest.mark.parametrize(

@@ -213,11 +213,30 @@ def test_a_loss_that_is_not_finite_stops_the_training(value, tmp_path, monkeypat
     with pytest.raises(TrainingError) as error:
         trainer.fit()
     message = str(error.value)
-    assert "loss, hcl are not finite in epoch 2" in message and "ce" not in message.split("are not finite")[0]
+    assert "loss, hcl, grad_norm not finite in epoch 2" in message and "ce" not in message.split("not finite")[0]
     assert str(tmp_path / "last.pt") in message
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["epoch"] == 1 and all(t.isfinite().all() for t in state["model"].values() if t.is_floating_point())
     assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(tmp_path, monkeypatch):
+    """The loss of the last step is finite; its gradient would make every weight NaN."""
+    trainer = make_trainer(tiny_config(tmp_path, fit__epochs=2), tmp_path)
+    losses, calls = trainer.task.losses, []
+
+    def broken(images, labels):
+        calls.append(None)
+        terms = losses(images, labels)
+        if len(calls) == 4:
+            terms["ce"].register_hook(lambda gradient: gradient * math.nan)
+        return terms
+
+    monkeypatch.setattr(trainer.task, "losses", broken)
+    with pytest.raises(TrainingError, match="grad_norm not finite in epoch 2"):
+        trainer.fit()
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert state["epoch"] == 1 and all(t.isfinite().all() for t in state["model"].values() if t.is_floating_point())
 
 
 def test_evaluations_are_spaced_and_the_last_epoch_is_evaluated(tmp_path):

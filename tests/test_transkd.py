@@ -49,11 +49,6 @@ def golden_model(case, outputs, dtype):
     return model.to(dtype).train(case["train"])
 
 
-def published_name(case, name):
-    embed = case["ctor"]["embed"]
-    return name.replace(f"embed{embed}_linearproject", legacy.projection_key(embed, embed)) if 0 < embed < 5 else name
-
-
 def leaf(tensor, dtype):
     return None if tensor is None else tensor.to(dtype).requires_grad_()
 
@@ -68,9 +63,7 @@ def golden_results(case, state, inputs, teacher, probes, dtype):
     feats, embeds = ([leaf(t, dtype) for t in inputs[name]] for name in ("feats", "embeds"))
     logits = leaf(inputs["logits"], dtype)
     model = golden_model(case, StageOutputs(feats, embeds, logits), dtype)
-    state = state(model)
-    assert len(state) == len(model.state_dict())
-    model.load_state_dict({name: state[published_name(case, name)] for name in model.state_dict()})
+    model.load_state_dict(state(model), strict=True)
     other = copy.deepcopy(model)
     other.student = model.student
 
@@ -100,7 +93,7 @@ def golden_results(case, state, inputs, teacher, probes, dtype):
         "grad_feats": [gradient(t) for t in feats],
         "grad_embeds": [gradient(t) for t in embeds],
         "grad_image": gradient(image),
-        "grad_params": {published_name(case, name): p.grad for name, p in model.named_parameters()},
+        "grad_params": {name: p.grad for name, p in model.named_parameters()},
         "buffers_after": dict(model.named_buffers()),
     }
 
@@ -190,6 +183,21 @@ def test_published_keys(variant, keys, legacy_rule):
     assert ("skfs.1.fc1.0.weight" in trained) == legacy_rule
     assert trained | {name for name, _ in model.named_buffers()} == state.keys()
     model.load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("embed", range(6))
+def test_published_projection_keys(embed):
+    """A published state dict of every option `embed` loads strictly and gives the projections it stands for."""
+    stages, _ = legacy.embedding_stages(embed)
+    model = small(embeddings=stages, features=False)
+    sizes = {m: (TEACHER[m - 1], STUDENT[m - 1]) for m in stages}
+    weights = {m: torch.randn(size) for m, size in sizes.items()}
+    biases = {m: torch.randn(size[0]) for m, size in sizes.items()}
+    published = {f"{legacy.projection_key(embed, m)}.weight": weights[m] for m in stages}
+    published |= {f"{legacy.projection_key(embed, m)}.bias": biases[m] for m in stages}
+    model.load_state_dict(published, strict=True)
+    expected = [model.student.outputs.embeddings[m - 1] @ weights[m].T + biases[m] for m in stages]
+    torch.testing.assert_close(model(IMAGES).projected, expected)
 
 
 @pytest.mark.parametrize("variant", ("base", "gl", "ea"))

@@ -11,10 +11,11 @@ import torch
 from tiny_run import pattern, quiet, tiny_config
 
 from transkd_fast import BackendError, backends, models
-from transkd_fast.train import CheckpointError, ConfigError, build, run, train, verify_config, verify_run
+from transkd_fast.models import WeightsError
+from transkd_fast.train import ConfigError, build, run, train, verify_config, verify_run
 from transkd_fast.train.build import DistillationTask
 from transkd_fast.train.checkpoint import load_checkpoint
-from transkd_fast.train.verify import Row, verify
+from transkd_fast.train.verify import Row, _difference, verify
 
 STAGES = 4
 
@@ -61,12 +62,14 @@ def test_right_kernels_agree(networks, precision, tmp_path):
 def test_every_term_and_every_trained_tensor_is_compared(variant, tmp_path):
     config = tiny_config(tmp_path / "run", distill__variant=variant)
     student, teacher = tiny_run.TinyNet(10), tiny_run.TinyTeacher(10)
-    names = [name for name, _ in build.build_transkd(config, student, teacher).named_parameters()]
+    model = build.build_transkd(config, student, teacher)
+    names = [f"grad/{name}" for name, _ in model.named_parameters()]
+    names += [f"buffer/{name}" for name, buffer in model.named_buffers() if buffer.is_floating_point()]
     report = verify_config(config, quiet)
     assert report.exit_code == 0
     assert [row.name for row in report.rows] == [
         *("loss/ce", "loss/hcl", "loss/pea"),
-        *(f"grad/{name}" for name in names),
+        *sorted(names),
     ]
 
 
@@ -194,5 +197,22 @@ def test_verification_of_a_run_takes_its_weights(tmp_path, monkeypatch):
 
 def test_verification_of_a_run_without_whole_checkpoints(tmp_path):
     config = tiny_config(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=pattern(str(tmp_path / "run" / "student" / "last.pt"))):
+    with pytest.raises(WeightsError, match=pattern(str(tmp_path / "run" / "student" / "last.pt"))):
         verify_run(config, quiet)
+
+
+def test_a_term_of_weight_0_is_compared_all_the_same(tmp_path, monkeypatch):
+    kernel = torch.ops.transkd_fast.hcl_fwd
+
+    def wrong(*arguments):
+        loss, table = kernel(*arguments)
+        return 5 * loss, table
+
+    monkeypatch.setattr(torch.ops.transkd_fast, "hcl_fwd", wrong)
+    report = report_of(tmp_path, distill__feature_weight=0)
+    assert [row.name for row in report.disagreements] == ["loss/hcl"]
+
+
+def test_a_gradient_that_one_side_lacks_is_a_disagreement():
+    assert _difference(None, torch.ones(1), 1.0) == math.inf
+    assert _difference(torch.ones(1), None, 1.0) == math.inf

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ _choice: list[dict[str, str]] = []
 _counter: Counter[tuple[str, str]] | None = None
 _logged: set[tuple[str, ...]] = set()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_lock = threading.Lock()
 _logger = logging.getLogger("transkd_fast")
 
 
@@ -57,10 +59,10 @@ def register(op: str, backend: str, can_run: CanRun) -> None:
         can_run: given the tensors of a call, returns None if the kernel takes them, else the reason why not. Device and
             availability of the backend itself are checked before it is asked.
     """
-    _registry[op][_known(backend)] = can_run
+    _registry[op][_known(backend, op)] = can_run
 
 
-def _known(backend: str, source: str = "backend", also: tuple[str, ...] = ()) -> str:
+def _known(backend: str, source: str, also: tuple[str, ...] = ()) -> str:
     if backend not in BACKENDS and backend not in also:
         names = ", ".join(repr(name) for name in (*also, *BACKENDS))
         raise ValueError(f"{source}: expected one of {names}, got {backend!r}")
@@ -129,7 +131,7 @@ def choose(op: str, tensors: Sequence[Tensor], requested: str | None = None) -> 
         ValueError: if a name is unknown.
         BackendError: if an explicit choice cannot run.
     """
-    backend = _known(requested, also=("auto",)) if requested is not None else _configured(op)
+    backend = _known(requested, f"{op}: backend", ("auto",)) if requested is not None else _configured(op)
     if backend == "auto":
         backend = _first_that_runs(op, tensors)
     else:
@@ -151,32 +153,53 @@ def _configured(op: str) -> str:
         name = choice.get(op, choice.get("*"))
         if name is not None:
             return name
+    return from_environment()
+
+
+def from_environment() -> str:
+    """The choice that the environment variable ``TRANSKD_FAST_BACKEND`` makes.
+
+    Returns:
+        A backend's name, or "auto" where the variable is not set.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
     name = os.environ.get(ENV_VAR)
     return _known(name, f"environment variable {ENV_VAR}", ("auto",)) if name else "auto"
 
 
 def _first_that_runs(op: str, tensors: Sequence[Tensor]) -> str:
     device_type = tensors[0].device.type
-    if device_type not in _AUTO_ORDER and not torch.compiler.is_compiling():
-        _log_once(op, "every kernel", f"none for device type {device_type!r}; eager runs")
-    for backend in _AUTO_ORDER.get(device_type, ("eager",)):
+    order = _AUTO_ORDER.get(device_type, ("eager",))
+    refusals = {}
+    for backend in order:
         reason = why_not(op, backend, tensors)
         if reason is None:
-            return backend
-        if backend in _registry[op] and not torch.compiler.is_compiling():
-            _log_once(op, backend, reason)
-    return "eager"
+            break
+        refusals[backend] = reason
+    if not torch.compiler.is_compiling():
+        if device_type not in _AUTO_ORDER:
+            _log_once(op, f"eager runs: there are no kernels for device type {device_type!r}")
+        for passed_over, reason in refusals.items():
+            # That an op has no CPU kernel yet is no news on every machine; that a GPU runs eager is.
+            if passed_over in _registry[op] or device_type != "cpu":
+                _log_once(op, f"passed over backend {passed_over}: {reason}")
+    return backend
 
 
 def _log_once(*message: str) -> None:
     if message not in _logged:
         _logged.add(message)
-        _logger.warning("%s: passed over backend %s: %s", *message)
+        _logger.warning("%s: %s", *message)
 
 
 @contextmanager
 def use_backend(name: str | None, ops: Iterable[str] | None = None) -> Iterator[None]:
     """Choose the backend of all calls inside a ``with`` block.
+
+    It holds for the whole process, so that the threads of autograd and of data parallelism see it too. A graph that
+    ``torch.compile`` made is made anew when the choice changes, but does not notice a changed environment variable.
 
     Args:
         name: one of ``BACKENDS`` or ``"auto"``; None changes nothing.
@@ -196,11 +219,14 @@ def use_backend(name: str | None, ops: Iterable[str] | None = None) -> Iterator[
     for op in names:
         if op != "*" and op not in _registry:
             raise ValueError(f"use_backend: expected ops among {', '.join(sorted(_registry))}, got {op!r}")
-    _choice.append(dict.fromkeys(names, name))
+    choice = dict.fromkeys(names, name)
+    with _lock:
+        _choice.append(choice)
     try:
         yield
     finally:
-        _choice.pop()
+        with _lock:  # by identity: another thread may have entered or left in between
+            _choice[:] = [other for other in _choice if other is not choice]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The command line: ``transkd env | train | eval | verify | demo``.
 
 Exit codes: 0 success; 1 what was checked does not hold (verify disagrees, the demo's student did not learn); 2 verify
-ran no fused kernel; 3 bad input or a run that could not go on; 130 interrupted.
+ran no fused kernel; 3 bad input or a run that could not go on; 4 an error nobody foresaw, with its traceback; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 3
+EXIT_UNFORESEEN = 4  # Python's own 1 would read as a verdict
 EXIT_INTERRUPTED = 130
 
 # What the demo asks of its student.
@@ -49,13 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (error.name or "").split(".")[0] == "transkd_fast":
                 raise
             return _fail(f"the package {error.name} is missing; install with `pip install 'transkd_fast[train]'`")
-        errors: tuple[type[Exception], ...] = transkd_fast.train.ERRORS
+        errors: tuple[type[Exception], ...] = (*transkd_fast.train.ERRORS, OSError)
     else:
-        errors = ()
+        errors = (OSError,)
     try:
         return command(args)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNFORESEEN
     except errors as error:
         return _fail(str(error))
+    except Exception:
+        traceback.print_exc()
+        return EXIT_UNFORESEEN
     except KeyboardInterrupt:
         resumable = "; the last checkpoint is whole, go on with resume=true" if command is _train else ""
         print(f"transkd: interrupted{resumable}", file=sys.stderr)
@@ -93,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--all", action="store_true", help="print every tensor, not only the worst")
     demo = add("demo", _demo, "A complete small distillation: train, distil, verify, and judge the outcome.")
     for command in (train, verify, demo):
-        command.add_argument("--config", type=Path, help="YAML file; the defaults without it")
+        text = "YAML file" if command is demo else "YAML file; the defaults without it"
+        command.add_argument("--config", type=Path, required=command is demo, help=text)
     for command in (train, evaluate, verify, demo):
         command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. fit.lr=1e-4")
     return parser
@@ -102,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def _env(args: argparse.Namespace) -> int:
     from transkd_fast import environment
 
-    report = environment.collect()
+    report = environment.collect(selftest=True)
     print(json.dumps(report, indent=2) if args.json else environment.render(report))
     return 0
 

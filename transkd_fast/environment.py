@@ -14,8 +14,11 @@ from transkd_fast import _extension, backends
 PACKAGES = ("torch", "triton", "numpy", "torchvision", "torchmetrics", "timm", "omegaconf", "safetensors")
 
 
-def collect() -> dict[str, Any]:
+def collect(selftest: bool = False) -> dict[str, Any]:
     """Gather the report.
+
+    Args:
+        selftest: run the smallest kernel on every visible GPU (it leaves a CUDA context on each).
 
     Returns:
         A dict of plain values: versions, machine, build, ops.
@@ -26,7 +29,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
-        "cuda": _cuda(),
+        "cuda": _cuda(selftest),
         "build": _extension.build_info(),
         "ops": backends.table(),
     }
@@ -39,13 +42,14 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cuda() -> dict[str, Any]:
+def _cuda(selftest: bool) -> dict[str, Any]:
     devices = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"{properties.major}.{properties.minor}"
-            devices.append({"name": properties.name, "capability": capability, "selftest": _selftest(index)})
+            state = _selftest(index) if selftest else "not asked for"
+            devices.append({"name": properties.name, "capability": capability, "selftest": state})
     return {"torch_built_for": torch.version.cuda, "devices": devices}
 
 

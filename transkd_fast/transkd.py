@@ -43,7 +43,8 @@ class TransKD(nn.Module):
 
     Children carry the names of the published checkpoints, so that parameter names, state dict and checkpoints agree
     without renaming: `skfs` (CSF), `embed{m}_linearproject` (PEA), `attn4`, `conv1`, `conv2`, `atten_weight`,
-    `conv_weight` (GL-Mixer), `patch_embed{m}` and `fuse_weights` (embedding assistant). Only what is used is built.
+    `conv_weight` (GL-Mixer), `patch_embed{m}` and `fuse_weights` (embedding assistant). A single aligned stage's
+    projection is `embed1_linearproject` whichever the stage, as published. Only what is used is built.
 
     Args:
         student: Module that maps images [B, 3, H, W] to `StageOutputs`.
@@ -132,7 +133,11 @@ class TransKD(nn.Module):
         stages = [m - 1 for m in self.embeddings]
         pea = PEA([self.student_channels[i] for i in stages], [self.teacher_channels[i] for i in stages])
         for m, linear in zip(self.embeddings, pea, strict=True):
-            self.add_module(f"embed{m}_linearproject", linear)
+            self.add_module(self._projection_name(m), linear)
+
+    def _projection_name(self, stage: int) -> str:
+        # The published models know either all stages or one, which they name as the first.
+        return f"embed{stage if len(self.embeddings) > 1 else 1}_linearproject"
 
     def _add_mixer(self, num_heads: int) -> None:
         mixer = GLMixer(self.student_channels[-1], num_heads)
@@ -176,7 +181,7 @@ class TransKD(nn.Module):
         return TransKDOutput(outputs.logits, losses, None, None)
 
     def _projections(self) -> list[nn.Module]:
-        return [self.get_submodule(f"embed{m}_linearproject") for m in self.embeddings]
+        return [self.get_submodule(self._projection_name(m)) for m in self.embeddings]
 
     def _aligned_embeddings(self, outputs: StageOutputs) -> list[Tensor]:
         """Selects the student's embeddings that are aligned, the last one mixed in variant GL."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,18 @@ Transforms = Callable[..., Any]
 
 class DataError(ValueError):
     """A data set on disk is not what it should be: the message names the file, what was expected and what to do."""
+
+
+class CheckReport(NamedTuple):
+    """What a dataset's check saw.
+
+    Attributes:
+        label_sizes: every (height, width) that occurs among the labels.
+        labelled_pixels: number of pixels whose label is not the ignored one.
+    """
+
+    label_sizes: set[tuple[int, int]]
+    labelled_pixels: int
 
 
 class SegmentationDataset(Dataset[Sample], ABC):
@@ -79,14 +91,22 @@ class SegmentationDataset(Dataset[Sample], ABC):
         mask = tv_tensors.Mask(torch.from_numpy(labels))
         return (image, mask) if self.transforms is None else self.transforms(image, mask)
 
-    def check(self, full: bool = True) -> None:
+    def check(self, full: bool = True) -> CheckReport:
         """Reads the data once, so that a bad file is found before training starts.
 
         Args:
             full: read every frame; False reads only the first (a quick look at format and label values).
 
+        Returns:
+            What was seen.
+
         Raises:
             DataError: the first frame that cannot be read or is inconsistent.
         """
+        sizes: set[tuple[int, int]] = set()
+        labelled = 0
         for index in range(len(self) if full else min(1, len(self))):
-            self.load(index)
+            _, labels = self.load(index)
+            sizes.add((labels.shape[0], labels.shape[1]))
+            labelled += int((labels != self.ignore_index).sum())
+        return CheckReport(sizes, labelled)

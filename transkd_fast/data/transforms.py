@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from transkd_fast.data.base import IGNORE_INDEX
+from transkd_fast.data.base import IGNORE_INDEX, DataError
 
 _FILL = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE_INDEX}
 
@@ -155,7 +155,7 @@ def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         images [B, 3, H, W] and masks [B, h, w], dtypes unchanged.
 
     Raises:
-        ValueError: sizes differ within the batch.
+        DataError: sizes differ within the batch.
     """
     for position, (what, remedy) in enumerate(
         (
@@ -165,7 +165,7 @@ def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     ):
         sizes = sorted({tuple(sample[position].shape[-2:]) for sample in samples})
         if len(sizes) > 1:
-            raise ValueError(
+            raise DataError(
                 f"collate: expected all {what} of a batch to have one size, got "
                 f"{', '.join(f'{height}x{width}' for height, width in sizes)}; {remedy}"
             )

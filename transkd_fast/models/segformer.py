@@ -5,6 +5,7 @@ tokens [B, N, C] and maps [B, C, H, W] are views of one another and no layout is
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,25 @@ def _tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
 def _map_to_tokens(maps: Tensor) -> Tensor:
     """Views a channels-last map [B, C, H, W] as tokens [B, H*W, C]."""
     return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _upsample(maps: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tells whether a call of the module does what its class does, and nothing else that a caller could notice."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    # Some libraries wrap a module by assigning its `forward`.
+    return type(module) is kind and not hooked and "forward" not in vars(module)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    device_type = tensor.device.type
+    # Dynamo of torch 2.11 cannot trace the question; where it compiles, autocast exists.
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class DropPath(nn.Module):
@@ -169,6 +189,10 @@ class LinearFuse(nn.Module):
     resolution. The concatenated map is never formed, and the decoder takes 8 (B1) to 22 (B2) times fewer
     multiplications; results differ from the published order by rounding only.
 
+    Folding reads the weights of the projections and the convolution without calling these modules. Where one of them
+    is more than its weights (it has hooks, pruning included, or is quantized, adapted or replaced), all are called, in
+    the published order.
+
     Args:
         channels: Width of the decoder.
     """
@@ -180,17 +204,35 @@ class LinearFuse(nn.Module):
 
     def forward(self, features: Sequence[Tensor], projections: Sequence[nn.Linear]) -> Tensor:
         """Fuses four maps [B, C_m, H_m, W_m], fine to coarse, into one [B, channels, H_1, W_1]."""
-        size = features[0].shape[-2:]
+        plain_conv = _is_plain(self.conv, nn.Conv2d) and self.conv.bias is None
+        if plain_conv and all(_is_plain(p, nn.Linear) and p.bias is not None for p in projections):
+            fused = self._fuse_folded(features, projections)
+        else:
+            fused = self._fuse_published(features, projections)
+        return F.relu(self.bn(fused))
+
+    def _fuse_folded(self, features: Sequence[Tensor], projections: Sequence[nn.Linear]) -> Tensor:
         # The published concatenation runs from the coarsest stage to the finest.
         columns = self.conv.weight.flatten(1).chunk(4, dim=1)[::-1]
-        stages = []
-        for x, projection, column in zip(features, projections, columns, strict=True):
-            tokens = F.linear(_map_to_tokens(x), column @ projection.weight, column @ projection.bias)
-            stages.append(_tokens_to_map(tokens, *x.shape[-2:]))
+        # Under autocast the folded weights are rounded once, as the published ones are, not before and after.
+        with _without_autocast(self.conv.weight):
+            folded = [(c @ p.weight, c @ p.bias) for c, p in zip(columns, projections, strict=True)]
+        stages = [
+            _tokens_to_map(F.linear(_map_to_tokens(x), weight, bias), *x.shape[-2:])
+            for x, (weight, bias) in zip(features, folded, strict=True)
+        ]
         fused = stages[0]
         for stage in stages[1:]:
-            fused = fused + F.interpolate(stage, size, mode="bilinear", align_corners=False)
-        return F.relu(self.bn(fused))
+            fused = fused + _upsample(stage, fused)
+        return fused
+
+    def _fuse_published(self, features: Sequence[Tensor], projections: Sequence[nn.Linear]) -> Tensor:
+        stages = [
+            _tokens_to_map(projection(_map_to_tokens(x)), *x.shape[-2:])
+            for x, projection in zip(features, projections, strict=True)
+        ]
+        stages = stages[:1] + [_upsample(stage, stages[0]) for stage in stages[1:]]
+        return self.conv(torch.cat(stages[::-1], dim=1))
 
 
 class SegFormer(nn.Module):

@@ -20,6 +20,9 @@ class CSF(nn.ModuleList):
     Per stage x = BN(conv1x1(F)); the deepest stage passes v = x on, the others fuse x with the coarser stage's v; each
     returns BN(conv3x3(v)).
 
+    A fusing stage computes from the parameters of `conv1[1]`, `fc`, `fc1` and `fcs` without calling these modules, so
+    their hooks do not run.
+
     Args:
         in_channels: Student channels, fine to coarse.
         out_channels: Teacher channels, fine to coarse.

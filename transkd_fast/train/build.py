@@ -167,7 +167,7 @@ def build_model(config: Config, settings: ModelConfig, num_classes: int, purpose
         classes = settings.num_classes or num_classes
         model = cast(Network, models.create(settings.model, num_classes=classes, drop_path_rate=settings.drop_path))
     if settings.weights is not None:
-        log(f"{purpose}: {models.load_weights(model, settings.weights)}")
+        log(f"{purpose}: {models.load_weights(model, settings.weights, settings.weights_prefix)}")
     return model.to(select_device(config.device))
 
 

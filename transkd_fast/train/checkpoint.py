@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FORMAT = "transkd_fast/1"
+# What a training leaves and a resumed one, or an evaluation, needs.
+KEYS = ("kind", "network", "num_classes", "classes", "model", "optimizer", "epoch", "step", "best_miou", "scores")
 
 
 class CheckpointError(RuntimeError):
@@ -34,11 +37,12 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         raise
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, required: Sequence[str] = ()) -> dict[str, Any]:
     """Read a checkpoint that :func:`save_checkpoint` wrote.
 
     Args:
         path: the file.
+        required: keys that it must have.
 
     Returns:
         Its content, tensors on CPU.
@@ -60,4 +64,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: expected a checkpoint of format {FORMAT!r}, as `transkd train` writes; plain weights go to "
             "student.weights or teacher.weights"
         )
+    missing = [key for key in required if key not in content]
+    if missing:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint with {', '.join(required)}; it lacks {', '.join(missing)}"
+        )
     return content
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file whole or not at all.
+
+    Args:
+        text: its content.
+        path: the file; its folder must exist.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -90,12 +90,14 @@ class ModelConfig:
     Args:
         model: one of ``transkd_fast.models.MODELS``.
         weights: file to load, strictly; null for random weights.
+        weights_prefix: take only the file's keys that start so: "student." takes the student out of a TransKD file.
         num_classes: number of logits; null for the dataset's number of classes.
         drop_path: rate of stochastic depth at the last block.
     """
 
     model: str = "segformer_b0"
     weights: str | None = None
+    weights_prefix: str = ""
     num_classes: int | None = None
     drop_path: float = 0.1
 
@@ -327,6 +329,7 @@ def check_config(config: Config) -> None:
             model.num_classes is None or model.num_classes > 1, f"{name}.num_classes", "at least 2", model.num_classes
         )
     _check_distill(config.distill)
+    _one_of("verify.precision", config.verify.precision, (None, "fp32", "bf16"))
     for key in ("batches", "batch_size", "limit_fp32", "limit_bf16"):
         _positive(f"verify.{key}", getattr(config.verify, key))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,9 @@ from tqdm import tqdm
 
 from transkd_fast import backends
 from transkd_fast.data import EpochSampler
+from transkd_fast.models import load_weights
 from transkd_fast.train.build import Log, Task, autocast, derived_seed
-from transkd_fast.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, save_checkpoint, write_text
 from transkd_fast.train.config import Config, FitConfig
 from transkd_fast.train.metrics import Scores, SegmentationMeter
 
@@ -65,11 +67,13 @@ def evaluate(
     training = model.training
     model.eval()
     meter = SegmentationMeter(num_classes, device)
-    for images, labels in loader:
-        with autocast(device, precision):
-            logits = model(images.to(device, non_blocking=True)).logits
-        meter.update(logits, labels.to(device, torch.int64, non_blocking=True))
-    model.train(training)
+    try:
+        for images, labels in loader:
+            with autocast(device, precision):
+                logits = model(images.to(device, non_blocking=True)).logits
+            meter.update(logits, labels.to(device, torch.int64, non_blocking=True))
+    finally:
+        model.train(training)
     return meter.compute()
 
 
@@ -130,6 +134,7 @@ class Trainer:
         self.epoch = 0
         self.best_miou = -math.inf
         self.last_scores: Scores | None = None
+        self.rows: list[dict[str, Any]] = []
 
     @property
     def last(self) -> Path:
@@ -148,14 +153,15 @@ class Trainer:
             The result.
 
         Raises:
-            TrainingError: if a loss is not finite.
+            TrainingError: if a loss or the gradient's norm is not finite.
             CheckpointError: if the checkpoint to resume from is broken or of another run.
+            WeightsError: if its weights do not fit.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.config.resume:
             if self.last.exists():
                 self._resume()
-            self._truncate_metrics()
+            self._read_metrics()
         seconds = images = 0.0
         with backends.use_backend(self.config.backend):
             while self.epoch < self.fit_config.epochs:
@@ -215,8 +221,8 @@ class Trainer:
         terms = {"loss": torch.stack(list(terms.values())).sum(), **terms}
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        if self.fit_config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.fit_config.clip_norm)
+        limit = math.inf if self.fit_config.clip_norm is None else self.fit_config.clip_norm
+        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), limit)
         self.optimizer.step()
         return terms
 
@@ -225,7 +231,7 @@ class Trainer:
         broken = [key for key, value in means.items() if not math.isfinite(value)]
         if broken:
             raise TrainingError(
-                f"{self.name}: the loss terms {', '.join(broken)} are not finite in epoch {self.epoch + 1} within "
+                f"{self.name}: {', '.join(broken)} not finite in epoch {self.epoch + 1} within "
                 f"the last {self.config.log_every} steps up to step {steps}; the last whole checkpoint is "
                 f"{self.last if self.last.exists() else 'none'}; try a lower learning rate or precision=fp32"
             )
@@ -252,13 +258,13 @@ class Trainer:
         self.log(f"{self.name} epoch {self.epoch}/{self.fit_config.epochs}: {losses}, {miou}, {rate}")
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
-        path = self.folder / "metrics.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        """Write all rows anew: the file is whole at any time, and its header fits its rows."""
+        self.rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(text.getvalue(), self.folder / "metrics.csv")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -273,31 +279,22 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.last)
+        state = load_checkpoint(self.last, KEYS)
         for key, value in self.meta.items():
             if state.get(key) != value:
                 raise CheckpointError(
                     f"{self.last}: expected a checkpoint with {key}={value!r}, got {state.get(key)!r}; "
                     "resume with the run's own configuration or choose another run_dir"
                 )
-        self.task.model.load_state_dict(state["model"])
+        load_weights(self.task.model, self.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.best_miou = state["epoch"], state["best_miou"]
         self.last_scores = Scores(**state["scores"]) if state["scores"] is not None else None
         self.log(f"{self.name}: resumed from {self.last} after epoch {self.epoch}/{self.fit_config.epochs}")
 
-    def _truncate_metrics(self) -> None:
-        """Drop rows of epochs after the checkpoint; they are run again."""
+    def _read_metrics(self) -> None:
+        """Take over the rows up to the checkpoint; later epochs are run again."""
         path = self.folder / "metrics.csv"
-        if not path.exists():
-            return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or [])
-            rows = [row for row in reader if int(row["epoch"]) <= self.epoch]
-        temporary = path.with_suffix(".csv.new")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, header)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(path)
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]

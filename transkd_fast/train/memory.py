@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
-_INT_MAX = 2**31 - 1
+_NEVER_TRIM = -1  # mallopt takes an int, so no threshold above 2 GiB can be named; -1 switches trimming off
 _PROFILER_CHATTER = (b"ActivityProfiler", b"CPUAllocator.cpp", b"gpuGetDeviceCount failed")
 
 
@@ -35,7 +35,7 @@ def keep_freed_memory() -> str | None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return "needs glibc; this C library has no mallopt"
-    if mallopt(_M_MMAP_MAX, 0) != 1 or mallopt(_M_TRIM_THRESHOLD, _INT_MAX) != 1:
+    if mallopt(_M_MMAP_MAX, 0) != 1 or mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM) != 1:
         return "glibc refused the settings"
     return None
 

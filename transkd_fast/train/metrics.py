@@ -39,7 +39,7 @@ class SegmentationMeter:
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        self._matrix = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE_INDEX).to(device)
+        self._matrix = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE_INDEX, validate_args=False).to(device)
         self._ignored = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:

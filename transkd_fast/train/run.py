@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from transkd_fast import environment, models
+from transkd_fast import backends, environment, models
+from transkd_fast.data import DataError, SegmentationDataset
 from transkd_fast.train import build
 from transkd_fast.train.build import DistillationTask, Log, Network, SegmentationTask, Task
-from transkd_fast.train.checkpoint import CheckpointError, load_checkpoint
+from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, write_text
 from transkd_fast.train.config import Config, ConfigError, FitConfig, ModelConfig, load_config, save_config
 from transkd_fast.train.loop import FitResult, Trainer, evaluate
 from transkd_fast.train.memory import keep_freed_memory
@@ -23,7 +24,10 @@ from transkd_fast.train.metrics import Scores
 from transkd_fast.train.verify import VerifyReport, verify
 
 # What may change between the parts of a resumed run without making it another run.
-_FREE_TO_CHANGE = ("run_dir", "resume", "device", "threads", "keep_memory", "log_every", "backend", "verify")
+_FREE_TO_CHANGE = (
+    *("run_dir", "resume", "device", "threads", "keep_memory", "log_every", "backend", "verify"),
+    *("data.root", "data.check", "data.cache", "data.workers"),
+)
 
 
 @dataclass
@@ -51,7 +55,14 @@ def prepare_process(config: Config, log: Log = tqdm.write) -> None:
     Args:
         config: the run's configuration.
         log: receives what could not be set.
+
+    Raises:
+        ConfigError: if the environment names an unknown backend.
     """
+    try:
+        backends.from_environment()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.keep_memory and build.select_device(config.device).type == "cpu":
@@ -79,9 +90,10 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
     prepare_process(config, log)
     device = build.select_device(config.device)
     train_set, val_set = build.build_dataset(config, "train"), build.build_dataset(config, "val")
+    val_batch = None
     if config.data.check:
-        train_set.check()
-        val_set.check()
+        _check_data(train_set, "train")
+        val_batch = _check_data(val_set, "val")
     classes = train_set.classes
     student = build.build_model(config, config.student, len(classes), "student", log)
     weights = build.class_weights(config.fit, student.num_classes, "fit", device)
@@ -93,7 +105,7 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
     loaders = {
         name: (
             build.build_loader(config, train_set, fit, name, train=True),
-            build.build_loader(config, val_set, fit, name, train=False),
+            build.build_loader(config, val_set, _with_batch(fit, val_batch), name, train=False),
         )
         for name, fit in fits.items()
     }
@@ -119,6 +131,24 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
     result = RunResult(run_dir, before, student_trainer.fit(), teacher_scores, classes)
     _write_summary(result)
     return result
+
+
+def _check_data(dataset: SegmentationDataset, split: str) -> int | None:
+    """Read every frame, and return the batch size that scoring needs, None for any.
+
+    Scores are taken at label size, so labels of different sizes cannot share a batch.
+    """
+    report = dataset.check()
+    if report.labelled_pixels == 0:
+        raise DataError(
+            f"{split}: expected labelled pixels, got only ignored ones in {len(dataset)} frames; "
+            "check the label values against the dataset's classes"
+        )
+    return 1 if len(report.label_sizes) > 1 else None
+
+
+def _with_batch(fit: FitConfig, batch_size: int | None) -> FitConfig:
+    return fit if batch_size is None else replace(fit, batch_size=batch_size)
 
 
 def _ready_teacher(config: Config, teacher: Network, trainer: Any, log: Log) -> Scores:
@@ -150,7 +180,7 @@ def _open_run_dir(config: Config) -> Path:
         raise ConfigError(f"run_dir: expected a run to resume in {run_dir}, found none; set resume=false to start it")
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
-    (run_dir / "environment.json").write_text(json.dumps(environment.collect(), indent=2) + "\n")
+    write_text(json.dumps(environment.collect(), indent=2) + "\n", run_dir / "environment.json")
     return run_dir
 
 
@@ -163,7 +193,7 @@ def _check_same_run(config: Config, saved: Config, path: Path) -> None:
 
     now, then = flat("", asdict(config)), flat("", asdict(saved))
     for key, value in now.items():
-        if key.split(".")[0] not in _FREE_TO_CHANGE and key != "data.workers" and value != then[key]:
+        if not {key, key.split(".")[0]} & set(_FREE_TO_CHANGE) and value != then[key]:
             raise ConfigError(
                 f"{key}: expected {then[key]!r} as in {path}, got {value!r}; a resumed run keeps its configuration"
             )
@@ -182,7 +212,7 @@ def _write_summary(result: RunResult) -> None:
         "images_per_second": result.student.images_per_second,
         "classes": list(result.classes),
     }
-    (result.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(json.dumps(summary, indent=2) + "\n", result.run_dir / "summary.json")
 
 
 def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) -> tuple[Scores, tuple[str, ...]]:
@@ -201,7 +231,7 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
         ConfigError: if the run's configuration is missing or an override is bad.
     """
     path = _find_checkpoint(checkpoint)
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, KEYS)
     config = load_config(path.parent.parent / "config.yaml", overrides)
     prepare_process(config, log)
     dataset = build.build_dataset(config, "val")
@@ -210,13 +240,12 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
             f"{path}: was trained on the {len(state['classes'])} classes {', '.join(state['classes'])}; "
             f"expected those of {config.data.name}: {', '.join(dataset.classes)}"
         )
-    if config.data.check:
-        dataset.check()
+    val_batch = _check_data(dataset, "val") if config.data.check else None
     model = models.create(state["network"], num_classes=state["num_classes"])
     distilled = any(key.startswith("student.") for key in state["model"])
     log(f"{models.load_weights(model, state, prefix='student.' if distilled else '')}, epoch {state['epoch']}")
     device = build.select_device(config.device)
-    loader = build.build_loader(config, dataset, config.fit, "eval", train=False)
+    loader = build.build_loader(config, dataset, _with_batch(config.fit, val_batch), "eval", train=False)
     batches = tqdm(loader, "eval", leave=False)
     return evaluate(model.to(device), batches, dataset.num_classes, device, config.precision), dataset.classes
 
@@ -248,7 +277,7 @@ def verify_run(config: Config, log: Log = tqdm.write) -> VerifyReport:
         The comparison.
 
     Raises:
-        CheckpointError: if the run left no whole checkpoints.
+        WeightsError: if the run left no whole checkpoints that fit.
     """
     return _verify(config, Path(config.run_dir), log)
 
@@ -263,9 +292,9 @@ def _verify(config: Config, run_dir: Path | None, log: Log) -> VerifyReport:
     teacher = build.build_model(config, config.teacher, dataset.num_classes, "teacher", log)
     model = build.build_transkd(config, student, teacher)
     if run_dir is not None:
-        model.load_state_dict(load_checkpoint(run_dir / "student" / "last.pt")["model"])
+        models.load_weights(model, run_dir / "student" / "last.pt")
         if config.teacher.weights is None:
-            teacher.load_state_dict(load_checkpoint(run_dir / "teacher" / "last.pt")["model"])
+            models.load_weights(teacher, run_dir / "teacher" / "last.pt")
     weights = build.class_weights(config.fit, student.num_classes, "fit", device)
     settings = config.distill
     task = DistillationTask(model, teacher, settings.feature_weight, settings.embedding_weight, weights)

@@ -1,8 +1,9 @@
 """Fused against eager: the same weights and batches through both, compared term by term and tensor by tensor.
 
 The truth is eager in fp64, teacher and student included. Checked is the configured backend in the configured precision,
-and beside it eager in that precision, which shows what the precision itself costs. Compared are every loss term and the
-gradient of every parameter, by the largest difference over the largest true value of the tensor (max norm).
+and beside it eager in that precision, which shows what the precision itself costs. Compared are every loss term, the
+gradient of every parameter and every buffer (running statistics), by the largest difference over the largest true
+value of the tensor (max norm).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from transkd_fast import backends
 from transkd_fast.train import build
@@ -37,7 +41,7 @@ class Row:
     """One compared tensor.
 
     Args:
-        name: "loss/<term>" or "grad/<parameter>".
+        name: "loss/<term>", "grad/<parameter>" or "buffer/<name>".
         difference: max-norm relative difference to eager fp64, worst of all batches.
         eager: the same for eager in the checked precision: what the precision itself costs.
         limit: largest difference allowed.
@@ -82,7 +86,7 @@ class VerifyReport:
 
     Args:
         precision: of the checked run.
-        rows: losses first, then gradients.
+        rows: losses first, then buffers and gradients.
         runs: how often each backend ran each op in the checked run.
         checked: speed and memory with the configured backend.
         eager: the same with the eager backend in the same precision.
@@ -129,37 +133,63 @@ def verify(task: DistillationTask, batches: list[Batch], config: Config) -> Veri
     Returns:
         The comparison.
     """
-    precision = config.precision
+    precision = config.verify.precision or config.precision
     limit = config.verify.limit_fp32 if precision == "fp32" else config.verify.limit_bf16
     truth, checked, eager = (_copy_without_randomness(task) for _ in range(3))
     truth.model.double()
     truth.teacher.double()
     worst: dict[str, tuple[float, float]] = {}
-    with backends.count_runs() as runs, backends.use_backend(config.backend):
-        results = [_results(checked, batch, precision) for batch in batches]
-    for batch, result in zip(batches, results, strict=True):
-        with backends.use_backend("eager"):
-            plain = _results(eager, batch, precision)
-            true = _results(truth, (batch[0].double(), batch[1]), "fp32")
-        largest = max(value.abs().max().item() for name, value in true.items() if name.startswith("grad/"))
-        for name, value in true.items():
-            old = worst.get(name, (0.0, 0.0))
-            worst[name] = (
-                _larger(old[0], _difference(result[name], value, largest)),
-                _larger(old[1], _difference(plain[name], value, largest)),
-            )
-    rows = [Row(name, ours, theirs, limit) for name, (ours, theirs) in worst.items()]
-    measured = _measure([(checked, config.backend), (eager, "eager")], batches[0], precision)
+    with _full_fp32():
+        with backends.count_runs() as runs, backends.use_backend(config.backend):
+            results = [_results(checked, batch, precision) for batch in batches]
+        for batch, result in zip(batches, results, strict=True):
+            with backends.use_backend("eager"):
+                plain = _results(eager, batch, precision)
+                true = _results(truth, (batch[0].double(), batch[1]), "fp32")
+            largest = max(value.abs().max().item() for name, value in true.items() if name.startswith("grad/"))
+            for name in true.keys() | result.keys():
+                old = worst.get(name, (0.0, 0.0))
+                worst[name] = (
+                    _larger(old[0], _difference(result.get(name), true.get(name), largest)),
+                    _larger(old[1], _difference(plain.get(name), true.get(name), largest)),
+                )
+        measured = _measure([(checked, config.backend), (eager, "eager")], batches[0], precision)
+    rows = [Row(name, ours, theirs, limit) for name, (ours, theirs) in sorted(worst.items(), key=_losses_first)]
     return VerifyReport(precision, rows, runs, *measured)
 
 
+def _losses_first(item: tuple[str, Any]) -> tuple[bool, str]:
+    return not item[0].startswith("loss/"), item[0]
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Switch TF32 off, by default on for cuDNN's convolutions: its 10 bits would hide what a kernel does."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def _copy_without_randomness(task: DistillationTask) -> DistillationTask:
-    """A copy in which dropout and stochastic depth are off: their masks cannot be the same in two precisions."""
+    """A copy without dropout and stochastic depth, whose masks cannot be the same in two precisions.
+
+    A term with weight 0 gets weight 1: times 0, every kernel would agree.
+    """
     copied = copy.deepcopy(task)
     for module in copied.model.modules():
-        for rate in ("p", "rate", "drop_prob"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        elif "DropPath" in type(module).__name__:
+            for rate in ("rate", "drop_prob"):
+                if hasattr(module, rate):
+                    setattr(module, rate, 0.0)
+    copied.weights = {name: weight or 1.0 for name, weight in copied.weights.items()}
     copied.model.train()
     return copied
 
@@ -171,6 +201,9 @@ def _results(task: DistillationTask, batch: Batch, precision: str) -> dict[str, 
     for name, parameter in task.model.named_parameters():
         if parameter.grad is not None:
             results[f"grad/{name}"] = parameter.grad.double()
+    for name, buffer in task.model.named_buffers():
+        if buffer.is_floating_point():
+            results[f"buffer/{name}"] = buffer.detach().double().clone()
     return results
 
 
@@ -181,11 +214,14 @@ def _forward_backward(task: DistillationTask, batch: Batch, precision: str) -> d
     return terms
 
 
-def _difference(value: Tensor, truth: Tensor, largest: float) -> float:
+def _difference(value: Tensor | None, truth: Tensor | None, largest: float) -> float:
     """Max-norm relative difference; a gradient that is zero but for rounding is measured by the largest gradient.
 
     Such gradients exist by construction (a bias before a batch norm); relative to themselves, rounding is all they are.
+    A gradient that only one side has is infinitely far from none.
     """
+    if value is None or truth is None:
+        return math.inf
     scale = truth.abs().max().item()
     if scale < VANISHING * largest:
         scale = largest
