@@ -424,3 +424,10 @@ def test_models_without_patch_embeddings_distil_their_features():
     assert all(p.grad is not None for conv in model.student.convs for p in conv.parameters())
     with pytest.raises(ValueError, match="expected 4 embeddings from the student, got 0"):
         TransKD(Student(), channels, channels, mid_channels=8)(images)
+
+
+@pytest.mark.parametrize(("variant", "millions"), [("base", "4.56"), ("gl", "5.22"), ("ea", "5.53")])
+def test_published_sizes(variant, millions):
+    """The published sizes count the second squeeze layer, which outside legacy mode is a buffer."""
+    model = TransKD(segformer_b0(), (32, 64, 160, 256), (64, 128, 320, 512), variant, legacy=True)
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
