@@ -157,21 +157,19 @@ double pool_cells(const Pyramid& pyramid, int64_t planes, const double* cell_sum
     if (!pyramid.used[k]) continue;
     const double weight = pyramid.weight[k] / static_cast<double>(planes * l * l);
     for (int64_t i = 0; i < l; ++i) {
-      const int64_t top = window_begin(i, l, rows.size), bottom = window_end(i, l, rows.size);
-      const int row_from = rows.segment_of_edge(top), row_to = rows.segment_of_edge(bottom);
+      const Window& vertical = rows.window[k][i];
       for (int64_t j = 0; j < l; ++j) {
-        const int64_t left = window_begin(j, l, columns.size), right = window_end(j, l, columns.size);
-        const int column_from = columns.segment_of_edge(left), column_to = columns.segment_of_edge(right);
+        const Window& horizontal = columns.window[k][j];
         double sum = 0;
-        for (int r = row_from; r < row_to; ++r) {
-          for (int c = column_from; c < column_to; ++c) sum += cell_sums[r * columns.segments + c];
+        for (int r = vertical.first; r < vertical.last; ++r) {
+          for (int c = horizontal.first; c < horizontal.last; ++c) sum += cell_sums[r * columns.segments + c];
         }
-        const double area = static_cast<double>((bottom - top) * (right - left));
-        const double pooled = sum / area;
+        const double share = 1 / (vertical.length * horizontal.length);
+        const double pooled = sum * share;
         loss += weight * pooled * pooled;
-        for (int r = row_from; r < row_to; ++r) {
-          for (int c = column_from; c < column_to; ++c)
-            gradient[r * columns.segments + c] += 2 * weight * pooled / area;
+        const double slope = 2 * weight * pooled * share;
+        for (int r = vertical.first; r < vertical.last; ++r) {
+          for (int c = horizontal.first; c < horizontal.last; ++c) gradient[r * columns.segments + c] += slope;
         }
       }
     }

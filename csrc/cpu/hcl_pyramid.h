@@ -12,19 +12,19 @@ constexpr int64_t kLevelSize[kLevels] = {4, 2, 1};
 constexpr int kMaxSegments = 7;
 constexpr int kMaxCells = kMaxSegments * kMaxSegments;
 
+// One pooling window on one axis: a run of whole segments, [first, last), and its length in pixels.
+struct Window {
+  int first = 0, last = 0;
+  double length = 0;
+};
+
 // One axis, cut at every border of every window, so that each window is a run of whole segments.
 struct Axis {
   int64_t size = 0;
   int segments = 0;
   int64_t edge[kMaxSegments + 1] = {};
-  int segment_of_edge(int64_t position) const {
-    return static_cast<int>(std::lower_bound(edge, edge + segments + 1, position) - edge);
-  }
+  Window window[kLevels][kLevelSize[0]];
 };
-
-// F.adaptive_avg_pool's window i of l over an axis of n.
-inline int64_t window_begin(int64_t i, int64_t l, int64_t n) { return i * n / l; }
-inline int64_t window_end(int64_t i, int64_t l, int64_t n) { return ((i + 1) * n + l - 1) / l; }
 
 struct Pyramid {
   Axis rows, columns;
@@ -50,20 +50,35 @@ struct Pyramid {
   int cells() const { return rows.segments * columns.segments; }
 
  private:
+  // F.adaptive_avg_pool's window i of l over an axis of n is [floor(i n / l), ceil((i + 1) n / l)).
+  static int64_t begin_of(int64_t i, int64_t l, int64_t n) { return i * n / l; }
+  static int64_t end_of(int64_t i, int64_t l, int64_t n) { return ((i + 1) * n + l - 1) / l; }
+
   Axis cut(int64_t n) const {
     int64_t borders[2 * (4 + 2 + 1) + 2] = {0, n};
     int count = 2;
     for (int k = 0; k < kLevels; ++k) {
       for (int64_t i = 0; used[k] && i < kLevelSize[k]; ++i) {
-        borders[count++] = window_begin(i, kLevelSize[k], n);
-        borders[count++] = window_end(i, kLevelSize[k], n);
+        borders[count++] = begin_of(i, kLevelSize[k], n);
+        borders[count++] = end_of(i, kLevelSize[k], n);
       }
     }
     std::sort(borders, borders + count);
+    const int64_t* past = std::unique(borders, borders + count);
     Axis axis;
     axis.size = n;
-    axis.segments = static_cast<int>(std::unique(borders, borders + count) - borders) - 1;
-    std::copy(borders, borders + axis.segments + 1, axis.edge);
+    axis.segments = static_cast<int>(past - borders) - 1;
+    std::copy(const_cast<const int64_t*>(borders), past, axis.edge);
+    for (int k = 0; k < kLevels; ++k) {
+      for (int64_t i = 0; used[k] && i < kLevelSize[k]; ++i) {
+        const int64_t begin = begin_of(i, kLevelSize[k], n), end = end_of(i, kLevelSize[k], n);
+        axis.window[k][i].first =
+            static_cast<int>(std::lower_bound(axis.edge, axis.edge + axis.segments, begin) - axis.edge);
+        axis.window[k][i].last =
+            static_cast<int>(std::lower_bound(axis.edge, axis.edge + axis.segments, end) - axis.edge);
+        axis.window[k][i].length = static_cast<double>(end - begin);
+      }
+    }
     return axis;
   }
 };
