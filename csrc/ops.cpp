@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(transkd_fast, m) {
-  m.def("hcl_fwd(Tensor student, Tensor teacher) -> (Tensor loss, Tensor table)");
-  m.def("hcl_bwd(Tensor grad, Tensor student, Tensor teacher, Tensor table) -> Tensor");
+  m.def("hcl_fwd(Tensor[] students, Tensor[] teachers, float[] weights) -> (Tensor loss, Tensor[] tables)");
+  m.def("hcl_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor[] tables, float[] weights) -> Tensor[]");
   m.def("cuda_selftest(Tensor x) -> Tensor");
 }

@@ -1,10 +1,15 @@
 """Fixtures of all tests, and the rule that no test is skipped for a reason nobody wrote down."""
 
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports Triton: where there is no GPU its kernels are tested in its interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):

@@ -141,6 +141,17 @@ def test_triton_without_the_package_says_so(monkeypatch):
         choose(requested="triton")
 
 
+@pytest.mark.parametrize(("value", "device"), [("1", "cpu"), ("true", "cpu"), ("0", "cuda"), (None, "cuda")])
+def test_triton_takes_cpu_tensors_where_it_interprets(value, device, monkeypatch):
+    backends.register("probe", "triton", lambda tensors: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backends.why_not("probe", "triton", [X]) == (None if device == "cpu" else "tensors are on cpu")
+    assert choose() == "cpu"  # never by itself
+
+
 def test_auto_says_once_why_it_passed_a_backend_over(monkeypatch, caplog):
     monkeypatch.setattr(backends, "unavailable", lambda name: "built without it" if name == "cpu" else None)
     with caplog.at_level(logging.WARNING, "transkd_fast"):
@@ -192,12 +203,12 @@ def test_refused_calls_are_not_counted_and_an_exception_ends_the_block():
     assert counts == {}
 
 
-def test_an_op_counts_one_run_per_stage():
+def test_an_op_counts_one_run_per_call():
     maps = [torch.rand(1, 2, 4, 4) for _ in range(3)]
     with count_runs() as counts:
         functional.hcl_loss(maps, maps)
         functional.hcl_loss(maps[:1], maps[:1], backend="eager")
-    assert counts == {("hcl", "cpu"): 3, ("hcl", "eager"): 1}
+    assert counts == {("hcl", "cpu"): 1, ("hcl", "eager"): 1}
 
 
 def test_table_of_ops():

@@ -6,14 +6,16 @@ import golden_io
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels_here import device_of, kernels_of
 
 import transkd_fast
 from transkd_fast import backends
 from transkd_fast.functional import hcl_loss
+from transkd_fast.ops._registration import raw_op
 from transkd_fast.ops.hcl import hcl_stage
 from transkd_fast.reference.hcl import hcl as hcl_reference
 
-KERNELS = [b for b in ("cpu",) if backends.why_not("hcl", b) is None]
+KERNELS = kernels_of("hcl")
 BACKENDS = ["eager", *KERNELS]
 UPSTREAM = 0.37
 
@@ -44,26 +46,31 @@ backend_names = pytest.mark.parametrize("backend", BACKENDS)
 kernel_names = pytest.mark.parametrize("backend", KERNELS)
 
 
-def make(shape, dtype=torch.float32, layout="nchw", offset=0.0):
+def make(shape, dtype=torch.float32, layout="nchw", offset=0.0, backend="cpu"):
+    """Two maps, on the backend's device."""
     # Distinct values are needed in half precision too, where randn alone would repeat the same few.
     maps = [(torch.randn(shape, dtype=torch.float64) + offset).to(dtype) for _ in range(2)]
-    return [m.contiguous(memory_format=LAYOUTS[layout]) for m in maps]
+    return [m.to(device_of(backend)).contiguous(memory_format=LAYOUTS[layout]) for m in maps]
 
 
 def run(student, teacher, backend, upstream=UPSTREAM, teacher_grad=True):
-    student = student.detach().requires_grad_()
-    teacher = teacher.detach().requires_grad_(teacher_grad)
+    """Loss and gradients, computed on the backend's device and brought back to the CPU."""
+    student = student.to(device_of(backend)).detach().requires_grad_()
+    teacher = teacher.to(device_of(backend)).detach().requires_grad_(teacher_grad)
     loss = hcl_stage(student, teacher, backend=backend)
     (loss * upstream).backward()
-    return loss.detach(), student.grad, teacher.grad
+    return loss.detach().cpu(), student.grad.cpu(), teacher.grad.cpu() if teacher_grad else None
 
 
 def relative(value, truth):
     return ((value.double() - truth).abs().max() / truth.abs().max()).item()
 
 
-def test_the_kernel_was_built():
-    assert KERNELS == ["cpu"], backends.why_not("hcl", "cpu")
+def test_the_kernels_that_can_run_here_do():
+    assert "cpu" in KERNELS, backends.why_not("hcl", "cpu")
+    assert "triton" in KERNELS, backends.why_not("hcl", "triton")
+    if torch.cuda.is_available():
+        assert "cuda" in KERNELS, backends.why_not("hcl", "cuda")
 
 
 @backend_names
@@ -111,7 +118,7 @@ def test_golden_values(dtype, backend):
 @kernel_names
 @layouts
 def test_gradcheck(layout, backend):
-    student, teacher = make((2, 3, 6, 5), torch.float64, layout)
+    student, teacher = make((2, 3, 6, 5), torch.float64, layout, backend=backend)
     arguments = (student.requires_grad_(), teacher.requires_grad_())
     assert torch.autograd.gradcheck(lambda s, t: hcl_stage(s, t, backend=backend), arguments)
 
@@ -183,7 +190,7 @@ def test_layouts_may_differ(backend):
 @kernel_names
 @layouts
 def test_only_the_gradients_asked_for(layout, backend):
-    student, teacher = make((2, 3, 8, 8), layout=layout)
+    student, teacher = make((2, 3, 8, 8), layout=layout, backend=backend)
     assert run(student, teacher, backend, teacher_grad=False)[2] is None
     teacher.requires_grad_()
     hcl_stage(student, teacher, backend=backend).backward()
@@ -204,7 +211,7 @@ def saved_bytes(function):
 
 @kernel_names
 def test_saves_the_maps_as_they_are_and_a_small_table(backend):
-    student, teacher = make((2, 64, 32, 64))
+    student, teacher = make((2, 16, 32, 64), backend=backend)
     student.requires_grad_()
     _, saved = saved_bytes(lambda: hcl_stage(student, teacher, backend=backend))
     maps = 2 * student.numel() * student.element_size()
@@ -213,7 +220,7 @@ def test_saves_the_maps_as_they_are_and_a_small_table(backend):
 
 @kernel_names
 def test_saves_nothing_where_no_gradient_is_asked_for(backend):
-    student, teacher = make((2, 4, 8, 8))
+    student, teacher = make((2, 4, 8, 8), backend=backend)
     assert saved_bytes(lambda: hcl_stage(student, teacher, backend=backend))[1] == 0
     student.requires_grad_()
     with torch.no_grad():
@@ -225,7 +232,7 @@ def test_saves_nothing_where_no_gradient_is_asked_for(backend):
 
 @kernel_names
 def test_a_second_backward_gives_the_same_gradient(backend):
-    student, teacher = make((2, 5, 9, 13))
+    student, teacher = make((2, 5, 9, 13), backend=backend)
     loss = hcl_stage(student.requires_grad_(), teacher, backend=backend)
     first = torch.autograd.grad(loss, student, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, student)[0])
@@ -233,7 +240,7 @@ def test_a_second_backward_gives_the_same_gradient(backend):
 
 @kernel_names
 def test_double_backward_is_refused(backend):
-    student, teacher = make((1, 2, 6, 6))
+    student, teacher = make((1, 2, 6, 6), backend=backend)
     loss = hcl_stage(student.requires_grad_(), teacher, backend=backend)
     (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="hcl: second derivatives are not supported"):
@@ -249,11 +256,11 @@ def test_double_backward_is_refused(backend):
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_repeat_bit_for_bit_with_any_number_of_threads(dtype, layout, backend):
-    student, teacher = make((2, 48, 65, 97), dtype, layout)
+    student, teacher = make((2, 48, 65, 97) if backend != "triton" else (2, 9, 33, 41), dtype, layout)
     first = run(student, teacher, backend)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3, 7):
+        for count in (1, 2, 3, 7) if backend == "cpu" else (threads,):
             torch.set_num_threads(count)
             for value, again in zip(first, run(student, teacher, backend), strict=True):
                 assert torch.equal(value, again)
@@ -307,33 +314,43 @@ def test_halves_round_like_torch(layout, backend):
 
 @kernel_names
 def test_raw_ops_pass_opcheck(backend):
+    forward, backward = raw_op("hcl_fwd", backend), raw_op("hcl_bwd", backend)
     for layout in LAYOUTS:
-        student, teacher = make((2, 3, 9, 7), layout=layout)
-        loss, table = torch.ops.transkd_fast.hcl_fwd(student, teacher)
-        torch.library.opcheck(torch.ops.transkd_fast.hcl_fwd.default, (student, teacher))
-        torch.library.opcheck(torch.ops.transkd_fast.hcl_bwd.default, (loss, student, teacher, table))
+        shapes = (((2, 3, 9, 7), torch.float32), ((2, 5, 4, 4), torch.bfloat16))
+        students, teachers = zip(*(make(*shape, layout, backend=backend) for shape in shapes), strict=True)
+        weights = [1.0, 0.5]
+        loss, tables = forward(students, teachers, weights)
+        torch.library.opcheck(forward.default, (students, teachers, weights))
+        torch.library.opcheck(backward.default, (loss, students, teachers, tables, weights))
 
 
 @kernel_names
 def test_fakes_agree_with_the_kernel_on_every_size(backend):
+    widths = (1, 2, 3, 4, 5, 6, 7, 8, 12, 33)
     for height in range(1, 40):
-        for width in (1, 2, 3, 4, 5, 6, 7, 8, 12, 33):
-            maps = torch.zeros(1, 2, height, width)
-            real = torch.ops.transkd_fast.hcl_fwd(maps, maps)
-            fake = torch.ops.transkd_fast.hcl_fwd(maps.to("meta"), maps.to("meta"))
-            assert [t.shape for t in real] == [t.shape for t in fake], (height, width)
+        maps = [torch.zeros(1, 2, height, width, device=device_of(backend)) for width in widths]
+        results = []
+        for stages in (maps, [m.to("meta") for m in maps]):
+            loss, tables = raw_op("hcl_fwd", backend)(stages, stages, [1.0] * len(widths))
+            results.append([loss.shape, *(table.shape for table in tables)])
+        assert results[0] == results[1], height
 
 
 @kernel_names
 def test_raw_ops_repeat_the_contract(backend):
-    student, teacher = make((1, 2, 6, 6))
+    forward, backward = raw_op("hcl_fwd", backend), raw_op("hcl_bwd", backend)
+    student, teacher = make((1, 2, 6, 6), backend=backend)
     with pytest.raises(RuntimeError, match="differ in dimension 2"):
-        torch.ops.transkd_fast.hcl_fwd(student, teacher[:, :, 1:].contiguous())
+        forward([student], [teacher[:, :, 1:].contiguous()], [1.0])
     with pytest.raises(RuntimeError, match="both maps contiguous or both channels-last"):
-        torch.ops.transkd_fast.hcl_fwd(student, teacher.contiguous(memory_format=torch.channels_last))
-    loss, table = torch.ops.transkd_fast.hcl_fwd(student, teacher)
-    with pytest.raises(RuntimeError, match="expected the table"):
-        torch.ops.transkd_fast.hcl_bwd(loss, student, teacher, table[:, :1].contiguous())
+        forward([student], [teacher.contiguous(memory_format=torch.channels_last)], [1.0])
+    with pytest.raises(RuntimeError, match="as many teachers and weights as students"):
+        forward([student], [teacher], [1.0, 1.0])
+    with pytest.raises(RuntimeError, match="float64 does not mix"):
+        forward([student], [teacher.double()], [1.0])
+    loss, tables = forward([student], [teacher], [1.0])
+    with pytest.raises(RuntimeError, match="expected the tables"):
+        backward(loss, [student], [teacher], [tables[0][:, :1].contiguous()], [1.0])
 
 
 @kernel_names
@@ -344,7 +361,7 @@ def test_compiles_without_graph_breaks(dynamic, backend):
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in ((2, 4, 9, 13), (2, 4, 8, 16)):
-        student, teacher = make(shape)
+        student, teacher = make(shape, backend=backend)
         results = []
         for function in (step, compiled):
             s = student.clone().requires_grad_()
@@ -354,9 +371,9 @@ def test_compiles_without_graph_breaks(dynamic, backend):
         torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@kernel_names
-def test_auto_is_the_kernel_also_inside_a_compiled_graph(backend):
-    student, teacher = make((1, 2, 8, 8))
+@pytest.mark.parametrize("backend", [name for name in KERNELS if name == "cpu" or device_of(name) == "cuda"])
+def test_auto_is_a_kernel_also_inside_a_compiled_graph(backend):
+    student, teacher = make((1, 2, 8, 8), backend=backend)
     graphs = []
 
     def collect(graph, inputs):
@@ -369,16 +386,16 @@ def test_auto_is_the_kernel_also_inside_a_compiled_graph(backend):
 
 @backend_names
 def test_autocast_changes_nothing(backend):
-    student, teacher = make((2, 4, 9, 13))
+    student, teacher = make((2, 4, 9, 13), backend=backend)
     plain = run(student, teacher, backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_of(backend), dtype=torch.bfloat16):
         for value, true in zip(run(student, teacher, backend), plain, strict=True):
             assert value.dtype == true.dtype and torch.equal(value, true)
 
 
 @backend_names
 def test_stages_are_summed_with_their_weights(backend):
-    pairs = [make((2, 4, 16, 16)), make((2, 6, 8, 8)), make((2, 8, 4, 4))]
+    pairs = [make(shape, backend=backend) for shape in ((2, 4, 16, 16), (2, 6, 8, 8), (2, 8, 4, 4))]
     students, teachers = [p[0] for p in pairs], [p[1] for p in pairs]
     single = [hcl_reference(s.double(), t.double()).item() for s, t in pairs]
     assert hcl_loss(students, teachers, backend=backend).item() == pytest.approx(sum(single), rel=1e-6)

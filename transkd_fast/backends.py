@@ -87,9 +87,24 @@ def unavailable(backend: str) -> str | None:
             return _extension.reason("_C_cuda")
         if torch.version.hip is not None:
             return "this torch is built for ROCm, for which there are no kernels"
+        if backend == "triton" and interpreting_triton():
+            return None
         if not torch.cuda.is_available():
             return "no CUDA device is visible"
     return None
+
+
+def interpreting_triton() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors (``TRITON_INTERPRET=1``); for tests, it is very slow.
+
+    Returns:
+        True if the triton backend takes tensors on CPU instead of CUDA.
+    """
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _device_of(backend: str) -> str | None:
+    return "cpu" if backend == "triton" and interpreting_triton() else _DEVICE_OF.get(backend)
 
 
 def why_not(op: str, backend: str, tensors: Sequence[Tensor] = ()) -> str | None:
@@ -109,7 +124,7 @@ def why_not(op: str, backend: str, tensors: Sequence[Tensor] = ()) -> str | None
     reason = unavailable(backend)
     if reason is not None:
         return reason
-    wanted = _DEVICE_OF.get(backend)
+    wanted = _device_of(backend)
     for tensor in tensors:
         if wanted is not None and tensor.device.type != wanted:
             return f"tensors are on {tensor.device.type}"

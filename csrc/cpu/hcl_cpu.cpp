@@ -14,10 +14,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/common/clones.h"
+#include "common/hcl_pyramid.h"
 #include "cpu/common/tensor.h"
-#include "cpu/common/vector.h"
-#include "cpu/hcl_pyramid.h"
+#include "cpu/hcl_loops.h"
 
 namespace transkd {
 namespace {
@@ -25,202 +24,112 @@ namespace {
 constexpr int64_t kBuffer = 4096;    // elements taken at a time
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
 
-// ---- Loops over one run of memory; s, t, out are the compute type.
+bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
 
-// d = s - t of one vector, added to a sum, its square to another.
-template <class T, class V>
-TRANSKD_INLINE void add_difference(const T* s, const T* t, V& sum, V& squares) {
-  V d, other;
-  d.load(s);
-  other.load(t);
-  d.lanes -= other.lanes;
-  sum.lanes += d.lanes;
-  squares.lanes += d.lanes * d.lanes;
-}
-
-// Rows of one plane: sums [segments] of d per column segment; returns the sum of d^2.
-template <class T>
-TRANSKD_INLINE T rows_loop(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {
-  using Whole = Vector<T>;
-  using Half = Vector<T, 32>;
-  Whole squares;
-  Half half_squares;
-  T single_squares = 0;
-  for (int j = 0; j < columns.segments; ++j) {
-    const int64_t begin = columns.edge[j], end = columns.edge[j + 1];
-    Whole sum;
-    Half half_sum;
-    T single_sum = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const T *s_row = s + r * columns.size, *t_row = t + r * columns.size;
-      int64_t i = begin;
-      for (; i + Whole::kSize <= end; i += Whole::kSize) add_difference(s_row + i, t_row + i, sum, squares);
-      if (i + Half::kSize <= end) {
-        add_difference(s_row + i, t_row + i, half_sum, half_squares);
-        i += Half::kSize;
-      }
-      for (; i < end; ++i) {
-        const T d = s_row[i] - t_row[i];
-        single_sum += d;
-        single_squares += d * d;
-      }
-    }
-    sums[j] = sum.sum() + half_sum.sum() + single_sum;
-  }
-  return squares.sum() + half_squares.sum() + single_squares;
-}
-
-// Pixels of a channels-last map: adds d to sums [channels]; returns the sum of d^2.
-template <class T>
-TRANSKD_INLINE T pixels_loop(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {
-  using Whole = Vector<T>;
-  Whole squares;
-  T single_squares = 0;
-  for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels) {
-    int64_t c = 0;
-    for (; c + Whole::kSize <= channels; c += Whole::kSize) {
-      Whole sum;
-      sum.load(sums + c);
-      add_difference(s + c, t + c, sum, squares);
-      sum.store(sums + c);
-    }
-    for (; c < channels; ++c) {
-      const T d = s[c] - t[c];
-      sums[c] += d;
-      single_squares += d * d;
-    }
-  }
-  return squares.sum() + single_squares;
-}
-
-// out = alpha (s - t) + level[segment] over rows of one plane.
-template <class T>
-TRANSKD_INLINE void rows_backward_loop(const T* __restrict s, const T* __restrict t, int64_t rows, const Axis& columns,
-                                       T alpha, const T* __restrict level, T* __restrict out) {
-  for (int64_t r = 0; r < rows; ++r, s += columns.size, t += columns.size, out += columns.size) {
-    for (int j = 0; j < columns.segments; ++j) {
-      const T add = level[j];
-      for (int64_t i = columns.edge[j]; i < columns.edge[j + 1]; ++i) out[i] = alpha * (s[i] - t[i]) + add;
-    }
-  }
-}
-
-// out = alpha (s - t) + level[channel] over pixels of one cell.
-template <class T>
-TRANSKD_INLINE void pixels_backward_loop(const T* __restrict s, const T* __restrict t, int64_t pixels, int64_t channels,
-                                         T alpha, const T* __restrict level, T* __restrict out) {
-  for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels, out += channels) {
-    for (int64_t c = 0; c < channels; ++c) out[c] = alpha * (s[c] - t[c]) + level[c];
-  }
-}
-
-// The instruction-set clones of the loops, one set per compute type.
-#define TRANSKD_HCL_LOOPS(T)                                                                             \
-  TRANSKD_CLONES T add_rows(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {        \
-    return rows_loop<T>(s, t, rows, columns, sums);                                                      \
-  }                                                                                                      \
-  TRANSKD_CLONES T add_pixels(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {       \
-    return pixels_loop<T>(s, t, pixels, channels, sums);                                                 \
-  }                                                                                                      \
-  TRANSKD_CLONES void rows_backward(const T* s, const T* t, int64_t rows, const Axis& columns, T alpha,  \
-                                    const T* level, T* out) {                                            \
-    rows_backward_loop<T>(s, t, rows, columns, alpha, level, out);                                       \
-  }                                                                                                      \
-  TRANSKD_CLONES void pixels_backward(const T* s, const T* t, int64_t pixels, int64_t channels, T alpha, \
-                                      const T* level, T* out) {                                          \
-    pixels_backward_loop<T>(s, t, pixels, channels, alpha, level, out);                                  \
-  }
-TRANSKD_HCL_LOOPS(float)
-TRANSKD_HCL_LOOPS(double)
-#undef TRANSKD_HCL_LOOPS
-
-// ---- From the cells' sums of one plane to its pyramid terms and the gradient's table.
-
-struct Shape {
+// One stage of the call, checked.
+struct Stage {
+  const Tensor& student;
+  const Tensor& teacher;
+  double weight;
   int64_t batch, channels, height, width;
-  explicit Shape(const Tensor& map)
-      : batch(map.size(0)), channels(map.size(1)), height(map.size(2)), width(map.size(3)) {}
+  Layout layout;
+  Pyramid pyramid;
+
+  Stage(const Tensor& s, const Tensor& t, double w)
+      : student(s),
+        teacher(t),
+        weight(w),
+        batch(s.dim() == 4 ? s.size(0) : 0),
+        channels(s.dim() == 4 ? s.size(1) : 0),
+        height(s.dim() == 4 ? s.size(2) : 1),
+        width(s.dim() == 4 ? s.size(3) : 1),
+        layout(check(s, t)),
+        pyramid(height, width) {}
+
   int64_t planes() const { return batch * channels; }
   int64_t plane() const { return height * width; }
-  double alpha(const Pyramid& pyramid) const {
-    return 2 * pyramid.pixel_weight / (static_cast<double>(planes()) * static_cast<double>(plane()));
+  int64_t cells() const { return pyramid.cells(); }
+  // dL/dstudent = alpha d + ...
+  double alpha() const {
+    return 2 * weight * pyramid.pixel_weight / (static_cast<double>(planes()) * static_cast<double>(plane()));
+  }
+
+ private:
+  static Layout check(const Tensor& student, const Tensor& teacher) {
+    STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4, "hcl: expected maps [B, C, H, W]");
+    for (int64_t dim = 0; dim < 4; ++dim) {
+      STD_TORCH_CHECK(student.size(dim) == teacher.size(dim) && student.size(dim) > 0,
+                      "hcl: expected non-empty maps of one shape; they differ in dimension ", dim);
+    }
+    for (const Tensor* map : {&student, &teacher}) {
+      const ScalarType type = map->scalar_type();
+      STD_TORCH_CHECK(
+          type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || is_double(*map),
+          "hcl: expected float32, float64, bfloat16 or float16 maps");
+    }
+    const Layout layout = layout_of(student);
+    STD_TORCH_CHECK(layout != Layout::kOther && layout == layout_of(teacher),
+                    "hcl: expected both maps contiguous or both channels-last");
+    return layout;
   }
 };
 
-// cell_sums [cells] -> the plane's share of the loss's pooled terms; gradient [cells].
-double pool_cells(const Pyramid& pyramid, int64_t planes, const double* cell_sums, double* gradient) {
-  const Axis &rows = pyramid.rows, &columns = pyramid.columns;
-  std::fill(gradient, gradient + pyramid.cells(), 0.0);
-  double loss = 0;
-  for (int k = 0; k < kLevels; ++k) {
-    const int64_t l = kLevelSize[k];
-    if (!pyramid.used[k]) continue;
-    const double weight = pyramid.weight[k] / static_cast<double>(planes * l * l);
-    for (int64_t i = 0; i < l; ++i) {
-      const Window& vertical = rows.window[k][i];
-      for (int64_t j = 0; j < l; ++j) {
-        const Window& horizontal = columns.window[k][j];
-        double sum = 0;
-        for (int r = vertical.first; r < vertical.last; ++r) {
-          for (int c = horizontal.first; c < horizontal.last; ++c) sum += cell_sums[r * columns.segments + c];
-        }
-        const double share = 1 / (vertical.length * horizontal.length);
-        const double pooled = sum * share;
-        loss += weight * pooled * pooled;
-        const double slope = 2 * weight * pooled * share;
-        for (int r = vertical.first; r < vertical.last; ++r) {
-          for (int c = horizontal.first; c < horizontal.last; ++c) gradient[r * columns.segments + c] += slope;
-        }
-      }
-    }
+std::vector<Stage> stages_of(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+                             const std::vector<double>& weights) {
+  STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size() && students.size() == weights.size(),
+                  "hcl: expected as many teachers and weights as students, and at least one");
+  std::vector<Stage> stages;
+  stages.reserve(students.size());
+  for (size_t m = 0; m < students.size(); ++m) {
+    STD_TORCH_CHECK(
+        is_double(students[m]) == is_double(students[0]) && is_double(teachers[m]) == is_double(students[0]),
+        "hcl: float64 does not mix with other dtypes");
+    stages.emplace_back(students[m], teachers[m], weights[m]);
   }
-  return loss;
+  return stages;
 }
 
-// ---- Forward. table is [B, cells, C] in both layouts. Returns the loss.
+// ---- Forward: the sums of d per cell into table [B, cells, C]; returns the sum of d^2.
 
 template <class T>
-double forward_contiguous(const Tensor& student, const Tensor& teacher, const Pyramid& pyramid, T* table) {
-  const Shape shape(student);
-  const Reader<T> s(student), t(teacher);
-  const Axis &rows = pyramid.rows, &columns = pyramid.columns;
+double add_contiguous(const Stage& stage, T* table) {
+  const Reader<T> s(stage.student), t(stage.teacher);
+  const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
   const int64_t rows_at_once = std::max<int64_t>(1, kBuffer / columns.size);
-  std::vector<double> losses(shape.planes());
+  std::vector<double> squares_of(stage.planes());
   torch::stable::parallel_for(
-      0, shape.planes(), std::max<int64_t>(1, kGrain / shape.plane()), [&](int64_t begin, int64_t end) {
+      0, stage.planes(), std::max<int64_t>(1, kGrain / stage.plane()), [&](int64_t begin, int64_t end) {
         std::vector<T> s_buffer(rows_at_once * columns.size), t_buffer(s_buffer.size());
-        double cells[kMaxCells], gradient[kMaxCells];
         for (int64_t plane = begin; plane < end; ++plane) {
-          std::fill(cells, cells + kMaxCells, 0.0);
+          T* const cells = table + plane / stage.channels * stage.cells() * stage.channels + plane % stage.channels;
           double squares = 0;
           for (int band = 0; band < rows.segments; ++band) {
+            double band_sums[kMaxSegments] = {};
             for (int64_t r = rows.edge[band]; r < rows.edge[band + 1]; r += rows_at_once) {
               const int64_t count = std::min(rows_at_once, rows.edge[band + 1] - r);
-              const int64_t offset = plane * shape.plane() + r * columns.size, n = count * columns.size;
+              const int64_t offset = plane * stage.plane() + r * columns.size, n = count * columns.size;
               T sums[kMaxSegments];
               squares += add_rows(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), count,
                                   columns, sums);
-              for (int j = 0; j < columns.segments; ++j) cells[band * columns.segments + j] += sums[j];
+              for (int j = 0; j < columns.segments; ++j) band_sums[j] += sums[j];
+            }
+            for (int j = 0; j < columns.segments; ++j) {
+              cells[(band * columns.segments + j) * stage.channels] = static_cast<T>(band_sums[j]);
             }
           }
-          losses[plane] = squares * shape.alpha(pyramid) / 2 + pool_cells(pyramid, shape.planes(), cells, gradient);
-          const int64_t b = plane / shape.channels, c = plane % shape.channels;
-          for (int k = 0; k < pyramid.cells(); ++k) {
-            table[(b * pyramid.cells() + k) * shape.channels + c] = static_cast<T>(gradient[k]);
-          }
+          squares_of[plane] = squares;
         }
       });
-  double loss = 0;
-  for (const double part : losses) loss += part;
-  return loss;
+  double squares = 0;
+  for (const double part : squares_of) squares += part;
+  return squares;
 }
 
 template <class T>
-double forward_channels_last(const Tensor& student, const Tensor& teacher, const Pyramid& pyramid, T* table) {
-  const Shape shape(student);
-  const Reader<T> s(student), t(teacher);
-  const Axis &rows = pyramid.rows, &columns = pyramid.columns;
-  const int64_t channels = shape.channels, cells = pyramid.cells();
+double add_channels_last(const Stage& stage, T* table) {
+  const Reader<T> s(stage.student), t(stage.teacher);
+  const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
+  const int64_t channels = stage.channels, cells = stage.cells();
   // Each channel's sum over a piece, and the squares over a run of pixels, are chains of float additions: kept short.
   constexpr int64_t kPiece = 1024, kRun = 512;
   const int64_t pixels_at_once = std::clamp<int64_t>(kBuffer / channels, 1, kRun);
@@ -229,7 +138,7 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
     int64_t sample, cell, top, bottom, left, right;
   };
   std::vector<Piece> pieces;
-  for (int64_t b = 0; b < shape.batch; ++b) {
+  for (int64_t b = 0; b < stage.batch; ++b) {
     for (int i = 0; i < rows.segments; ++i) {
       for (int j = 0; j < columns.segments; ++j) {
         const int64_t left = columns.edge[j], right = columns.edge[j + 1];
@@ -242,7 +151,7 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
     }
   }
   const int64_t count = static_cast<int64_t>(pieces.size());
-  const int64_t grain = std::max<int64_t>(1, kGrain * count / (shape.planes() * shape.plane()));
+  const int64_t grain = std::max<int64_t>(1, kGrain * count / (stage.planes() * stage.plane()));
   std::vector<T> sums(count * channels);
   std::vector<double> squares_of(count);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -252,7 +161,7 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
       for (int64_t r = piece.top; r < piece.bottom; ++r) {
         for (int64_t x = piece.left; x < piece.right; x += pixels_at_once) {
           const int64_t pixels = std::min(pixels_at_once, piece.right - x);
-          const int64_t offset = ((piece.sample * shape.height + r) * shape.width + x) * channels,
+          const int64_t offset = ((piece.sample * stage.height + r) * stage.width + x) * channels,
                         n = pixels * channels;
           squares_of[p] += add_pixels(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels,
                                       channels, sums.data() + p * channels);
@@ -261,49 +170,67 @@ double forward_channels_last(const Tensor& student, const Tensor& teacher, const
     }
   });
 
-  std::vector<double> cell_sums(shape.batch * cells * channels);
-  double loss = 0;
-  for (int64_t p = 0; p < count; ++p) {
-    double* into = cell_sums.data() + pieces[p].cell * channels;
-    for (int64_t c = 0; c < channels; ++c) into[c] += sums[p * channels + c];
-    loss += squares_of[p] * shape.alpha(pyramid) / 2;
-  }
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    for (int64_t c = 0; c < channels; ++c) {
-      double plane[kMaxCells], gradient[kMaxCells];
-      for (int64_t k = 0; k < cells; ++k) plane[k] = cell_sums[(b * cells + k) * channels + c];
-      loss += pool_cells(pyramid, shape.planes(), plane, gradient);
-      for (int64_t k = 0; k < cells; ++k) table[(b * cells + k) * channels + c] = static_cast<T>(gradient[k]);
+  std::vector<double> cell(channels);
+  double squares = 0;
+  for (int64_t p = 0; p < count;) {
+    const int64_t place = pieces[p].cell;
+    std::fill(cell.begin(), cell.end(), 0.0);
+    for (; p < count && pieces[p].cell == place; ++p) {
+      for (int64_t c = 0; c < channels; ++c) cell[c] += sums[p * channels + c];
+      squares += squares_of[p];
     }
+    for (int64_t c = 0; c < channels; ++c) table[place * channels + c] = static_cast<T>(cell[c]);
   }
+  return squares;
+}
+
+// table [B, cells, C]: sums of d in, gradient of the pooled terms out. Returns the loss's pooled terms.
+template <class T>
+double pool(const Stage& stage, T* table) {
+  T level_weight[kLevels];
+  for (int k = 0; k < kLevels; ++k) {
+    const double windows = static_cast<double>(stage.planes()) * static_cast<double>(kLevelSize[k] * kLevelSize[k]);
+    level_weight[k] = static_cast<T>(stage.weight * stage.pyramid.weight[k] / windows);
+  }
+  constexpr int kLanes = Vector<T>::kSize;
+  const int64_t vectors = (stage.channels + kLanes - 1) / kLanes;
+  std::vector<double> losses(stage.batch * vectors);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (4 * kLanes * stage.cells()));  // a cell is in several windows
+  torch::stable::parallel_for(0, stage.batch * vectors, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % vectors * kLanes;
+      losses[i] =
+          pool_channels(stage.pyramid, level_weight, table + i / vectors * stage.cells() * stage.channels + first,
+                        stage.channels, static_cast<int>(std::min<int64_t>(kLanes, stage.channels - first)));
+    }
+  });
+  double loss = 0;
+  for (const double part : losses) loss += part;
   return loss;
 }
 
-// ---- Backward.
+// ---- Backward. Memory is walked from its end: what the forward read last may still be in the cache.
 
 template <class T>
-void backward_contiguous(T upstream, const Tensor& student, const Tensor& teacher, const Pyramid& pyramid,
-                         const T* table, const Tensor& gradient) {
-  const Shape shape(student);
-  const Reader<T> s(student), t(teacher);
+void backward_contiguous(T upstream, const Stage& stage, const T* table, const Tensor& gradient) {
+  const Reader<T> s(stage.student), t(stage.teacher);
   const Writer<T> out(gradient);
-  const Axis &rows = pyramid.rows, &columns = pyramid.columns;
-  const T alpha = static_cast<T>(upstream * shape.alpha(pyramid));
+  const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
+  const T alpha = static_cast<T>(upstream * stage.alpha());
   const int64_t rows_at_once = std::max<int64_t>(1, kBuffer / columns.size);
   torch::stable::parallel_for(
-      0, shape.planes(), std::max<int64_t>(1, kGrain / shape.plane()), [&](int64_t begin, int64_t end) {
+      0, stage.planes(), std::max<int64_t>(1, kGrain / stage.plane()), [&](int64_t begin, int64_t end) {
         std::vector<T> s_buffer(rows_at_once * columns.size), t_buffer(s_buffer.size()), out_buffer(s_buffer.size());
-        for (int64_t plane = begin; plane < end; ++plane) {
-          const int64_t b = plane / shape.channels, c = plane % shape.channels;
+        for (int64_t plane = end; plane-- > begin;) {
+          const T* cells = table + plane / stage.channels * stage.cells() * stage.channels + plane % stage.channels;
           for (int band = 0; band < rows.segments; ++band) {
             T level[kMaxSegments];
             for (int j = 0; j < columns.segments; ++j) {
-              const int64_t cell = b * pyramid.cells() + band * columns.segments + j;
-              level[j] = upstream * table[cell * shape.channels + c];
+              level[j] = upstream * cells[(band * columns.segments + j) * stage.channels];
             }
             for (int64_t r = rows.edge[band]; r < rows.edge[band + 1]; r += rows_at_once) {
               const int64_t count = std::min(rows_at_once, rows.edge[band + 1] - r);
-              const int64_t offset = plane * shape.plane() + r * columns.size, n = count * columns.size;
+              const int64_t offset = plane * stage.plane() + r * columns.size, n = count * columns.size;
               T* to = out.place(offset, out_buffer.data());
               rows_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), count, columns,
                             alpha, level, to);
@@ -315,27 +242,25 @@ void backward_contiguous(T upstream, const Tensor& student, const Tensor& teache
 }
 
 template <class T>
-void backward_channels_last(T upstream, const Tensor& student, const Tensor& teacher, const Pyramid& pyramid,
-                            const T* table, const Tensor& gradient) {
-  const Shape shape(student);
-  const Reader<T> s(student), t(teacher);
+void backward_channels_last(T upstream, const Stage& stage, const T* table, const Tensor& gradient) {
+  const Reader<T> s(stage.student), t(stage.teacher);
   const Writer<T> out(gradient);
-  const Axis &rows = pyramid.rows, &columns = pyramid.columns;
-  const T alpha = static_cast<T>(upstream * shape.alpha(pyramid));
-  const int64_t channels = shape.channels, pixels_at_once = std::max<int64_t>(1, kBuffer / channels);
-  std::vector<T> levels(shape.batch * pyramid.cells() * channels);
+  const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
+  const T alpha = static_cast<T>(upstream * stage.alpha());
+  const int64_t channels = stage.channels, pixels_at_once = std::max<int64_t>(1, kBuffer / channels);
+  std::vector<T> levels(stage.batch * stage.cells() * channels);
   for (size_t i = 0; i < levels.size(); ++i) levels[i] = upstream * table[i];
-  const int64_t lines = shape.batch * shape.height, grain = std::max<int64_t>(1, kGrain / (shape.width * channels));
+  const int64_t lines = stage.batch * stage.height, grain = std::max<int64_t>(1, kGrain / (stage.width * channels));
   torch::stable::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
     std::vector<T> s_buffer(pixels_at_once * channels), t_buffer(s_buffer.size()), out_buffer(s_buffer.size());
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t b = line / shape.height, r = line % shape.height;
+    for (int64_t line = end; line-- > begin;) {
+      const int64_t b = line / stage.height, r = line % stage.height;
       const int band = static_cast<int>(std::upper_bound(rows.edge, rows.edge + rows.segments + 1, r) - rows.edge) - 1;
       for (int j = 0; j < columns.segments; ++j) {
-        const T* level = levels.data() + (b * pyramid.cells() + band * columns.segments + j) * channels;
+        const T* level = levels.data() + (b * stage.cells() + band * columns.segments + j) * channels;
         for (int64_t x = columns.edge[j]; x < columns.edge[j + 1]; x += pixels_at_once) {
           const int64_t pixels = std::min(pixels_at_once, columns.edge[j + 1] - x);
-          const int64_t offset = (line * shape.width + x) * channels, n = pixels * channels;
+          const int64_t offset = (line * stage.width + x) * channels, n = pixels * channels;
           T* to = out.place(offset, out_buffer.data());
           pixels_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels, channels,
                           alpha, level, to);
@@ -348,72 +273,65 @@ void backward_channels_last(T upstream, const Tensor& student, const Tensor& tea
 
 // ---- The registered ops.
 
-bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-Layout check(const Tensor& student, const Tensor& teacher) {
-  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4, "hcl: expected maps [B, C, H, W]");
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    STD_TORCH_CHECK(student.size(dim) == teacher.size(dim) && student.size(dim) > 0,
-                    "hcl: expected non-empty maps of one shape; they differ in dimension ", dim);
+template <class T>
+Tensor forward(const std::vector<Stage>& stages, ScalarType type, std::vector<Tensor>& tables) {
+  double total = 0;
+  for (const Stage& stage : stages) {
+    tables.push_back(torch::stable::empty({stage.batch, stage.cells(), stage.channels}, type));
+    T* table = static_cast<T*>(tables.back().mutable_data_ptr());
+    const double squares =
+        stage.layout == Layout::kContiguous ? add_contiguous(stage, table) : add_channels_last(stage, table);
+    total += squares * stage.alpha() / 2 + pool(stage, table);
   }
-  for (const Tensor* map : {&student, &teacher}) {
-    const ScalarType type = map->scalar_type();
-    STD_TORCH_CHECK(
-        type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || is_double(*map),
-        "hcl: expected float32, float64, bfloat16 or float16 maps");
-  }
-  STD_TORCH_CHECK(is_double(student) == is_double(teacher), "hcl: float64 does not mix with other dtypes");
-  const Layout layout = layout_of(student);
-  STD_TORCH_CHECK(layout != Layout::kOther && layout == layout_of(teacher),
-                  "hcl: expected both maps contiguous or both channels-last");
-  return layout;
-}
-
-std::tuple<Tensor, Tensor> hcl_fwd(const Tensor& student, const Tensor& teacher) {
-  const Layout layout = check(student, teacher);
-  const Pyramid pyramid(student.size(2), student.size(3));
-  const ScalarType type = is_double(student) ? ScalarType::Double : ScalarType::Float;
   Tensor loss = torch::stable::empty({}, type);
-  Tensor table = torch::stable::empty({student.size(0), pyramid.cells(), student.size(1)}, type);
-  const auto run = [&](auto* rows) {
-    using T = std::remove_pointer_t<decltype(rows)>;
-    const double value = layout == Layout::kContiguous ? forward_contiguous<T>(student, teacher, pyramid, rows)
-                                                       : forward_channels_last<T>(student, teacher, pyramid, rows);
-    *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(value);
-  };
-  if (type == ScalarType::Double) {
-    run(static_cast<double*>(table.mutable_data_ptr()));
-  } else {
-    run(static_cast<float*>(table.mutable_data_ptr()));
-  }
-  return {loss, table};
+  *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(total);
+  return loss;
 }
 
-Tensor hcl_bwd(const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& table) {
-  const Layout layout = check(student, teacher);
-  const Pyramid pyramid(student.size(2), student.size(3));
-  const ScalarType type = is_double(student) ? ScalarType::Double : ScalarType::Float;
+std::tuple<Tensor, std::vector<Tensor>> hcl_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers,
+                                                std::vector<double> weights) {
+  const std::vector<Stage> stages = stages_of(students, teachers, weights);
+  std::vector<Tensor> tables;
+  Tensor loss = is_double(students[0]) ? forward<double>(stages, ScalarType::Double, tables)
+                                       : forward<float>(stages, ScalarType::Float, tables);
+  return {loss, tables};
+}
+
+template <class T>
+void backward(const Tensor& grad, const std::vector<Stage>& stages, const std::vector<Tensor>& tables,
+              const std::vector<Tensor>& gradients) {
+  const T upstream = *static_cast<const T*>(grad.const_data_ptr());
+  for (size_t m = stages.size(); m-- > 0;) {
+    const T* table = static_cast<const T*>(tables[m].const_data_ptr());
+    if (stages[m].layout == Layout::kContiguous) {
+      backward_contiguous(upstream, stages[m], table, gradients[m]);
+    } else {
+      backward_channels_last(upstream, stages[m], table, gradients[m]);
+    }
+  }
+}
+
+std::vector<Tensor> hcl_bwd(Tensor grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
+                            std::vector<Tensor> tables, std::vector<double> weights) {
+  const std::vector<Stage> stages = stages_of(students, teachers, weights);
+  const ScalarType type = is_double(students[0]) ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == type,
                   "hcl_bwd: expected a scalar grad of the loss's dtype");
-  STD_TORCH_CHECK(table.dim() == 3 && table.size(0) == student.size(0) && table.size(1) == pyramid.cells() &&
-                      table.size(2) == student.size(1) && table.scalar_type() == type && table.is_contiguous(),
-                  "hcl_bwd: expected the table that hcl_fwd made");
-  Tensor gradient = torch::stable::empty_like(student);
-  const auto run = [&](auto upstream) {
-    using T = decltype(upstream);
-    const T* levels = static_cast<const T*>(table.const_data_ptr());
-    if (layout == Layout::kContiguous) {
-      backward_contiguous<T>(upstream, student, teacher, pyramid, levels, gradient);
-    } else {
-      backward_channels_last<T>(upstream, student, teacher, pyramid, levels, gradient);
-    }
-  };
-  if (type == ScalarType::Double) {
-    run(*static_cast<const double*>(grad.const_data_ptr()));
-  } else {
-    run(*static_cast<const float*>(grad.const_data_ptr()));
+  STD_TORCH_CHECK(tables.size() == stages.size(), "hcl_bwd: expected one table per stage");
+  std::vector<Tensor> gradients;
+  for (size_t m = 0; m < stages.size(); ++m) {
+    const Tensor& table = tables[m];
+    STD_TORCH_CHECK(table.dim() == 3 && table.size(0) == stages[m].batch && table.size(1) == stages[m].cells() &&
+                        table.size(2) == stages[m].channels && table.scalar_type() == type && table.is_contiguous(),
+                    "hcl_bwd: expected the tables that hcl_fwd made");
+    gradients.push_back(torch::stable::empty_like(students[m]));
   }
-  return gradient;
+  if (type == ScalarType::Double) {
+    backward<double>(grad, stages, tables, gradients);
+  } else {
+    backward<float>(grad, stages, tables, gradients);
+  }
+  return gradients;
 }
 
 }  // namespace

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transkd_fast import _extension, backends
-from transkd_fast.ops import _checks
+from transkd_fast import backends
+from transkd_fast.ops import _checks, _registration
 from transkd_fast.ops._autograd import first_derivative
 from transkd_fast.reference.hcl import hcl as hcl_reference
 
 OP = "hcl"
 
 
-def _cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
+def _same_precision(tensors: Sequence[Tensor]) -> str | None:
     dtypes = {tensor.dtype for tensor in tensors}
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "float64 maps do not mix with other dtypes in this kernel"
@@ -24,25 +24,38 @@ def _cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
 
 
 backends.register_op(OP)
-backends.register(OP, "cpu", _cpu_can_run)
+for _backend in ("cpu", "triton", "cuda"):
+    backends.register(OP, _backend, _same_precision)
 
 
-if _extension.loaded("_C"):
-
-    @torch.library.register_fake("transkd_fast::hcl_fwd")
-    def _hcl_fwd_fake(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _hcl_fwd_fake(
+    students: list[Tensor], teachers: list[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    dtype = torch.float64 if students[0].dtype == torch.float64 else torch.float32
+    tables = []
+    for student in students:
         batch, channels, height, width = student.shape
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         cells = _segments(height, min(height, width)) * _segments(width, min(height, width))
-        return student.new_empty((), dtype=dtype), student.new_empty((batch, cells, channels), dtype=dtype)
+        tables.append(student.new_empty((batch, cells, channels), dtype=dtype))
+    return students[0].new_empty((), dtype=dtype), tables
 
-    @torch.library.register_fake("transkd_fast::hcl_bwd")
-    def _hcl_bwd_fake(grad: Tensor, student: Tensor, teacher: Tensor, table: Tensor) -> Tensor:
-        return torch.empty_like(student)
+
+def _hcl_bwd_fake(
+    grad: Tensor, students: list[Tensor], teachers: list[Tensor], tables: list[Tensor], weights: Sequence[float]
+) -> list[Tensor]:
+    return [torch.empty_like(student) for student in students]
+
+
+_registration.register_fakes(hcl_fwd=_hcl_fwd_fake, hcl_bwd=_hcl_bwd_fake)
+_registration.register_triton(
+    "hcl",
+    hcl_fwd="(Tensor[] students, Tensor[] teachers, float[] weights) -> (Tensor loss, Tensor[] tables)",
+    hcl_bwd="(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor[] tables, float[] weights) -> Tensor[]",
+)
 
 
 def _segments(size: int, shorter: int) -> int:
-    """Number of pieces that the borders of all pooling windows cut an axis into (csrc/cpu/hcl_pyramid.h).
+    """Number of pieces that the borders of all pooling windows cut an axis into (csrc/common/hcl_pyramid.h).
 
     Written with comparisons only, so that it also holds for symbolic sizes.
     """
@@ -58,31 +71,52 @@ def _segments(size: int, shorter: int) -> int:
 
 
 class _HCL(torch.autograd.Function):
-    """One stage on CPU; saves the maps as they are and the small table of the pooled levels' gradients."""
+    """All stages at once; saves the maps as they are and the small tables of the pooled levels' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, grad_enabled: bool) -> Tensor:
-        loss, table = torch.ops.transkd_fast.hcl_fwd(student, teacher)
+    def forward(ctx: Any, backend: str, weights: tuple[float, ...], grad_enabled: bool, *maps: Tensor) -> Tensor:
+        stages = len(weights)
+        loss, tables = _registration.raw_op("hcl_fwd", backend)(maps[:stages], maps[stages:], weights)
+        ctx.backend, ctx.weights = backend, weights
         if grad_enabled:
-            ctx.save_for_backward(student, teacher, table)
+            ctx.save_for_backward(*maps, *tables)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        student, teacher, table = ctx.saved_tensors
-        grad_student = grad_teacher = None
-        if ctx.needs_input_grad[0]:
-            grad_student = _gradient(grad, student, teacher, table)
-        if ctx.needs_input_grad[1]:
-            # The loss depends on student - teacher only: with the two exchanged, difference and table change sign.
-            grad_teacher = _gradient(grad, teacher, student, -table)
-        return grad_student, grad_teacher, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stages = len(ctx.weights)
+        saved = ctx.saved_tensors
+        students, teachers, tables = saved[:stages], saved[stages : 2 * stages], saved[2 * stages :]
+        needed = ctx.needs_input_grad[3:]
+        student_grads = _gradients(ctx, grad, students, teachers, tables, needed[:stages])
+        # The loss depends on student - teacher only: with the two exchanged, difference and table change sign.
+        teacher_grads = _gradients(ctx, grad, teachers, students, tables, needed[stages:], sign=-1)
+        return None, None, None, *student_grads, *teacher_grads
 
 
-def _gradient(grad: Tensor, of: Tensor, other: Tensor, table: Tensor) -> Tensor:
-    with torch.no_grad():
-        gradient = torch.ops.transkd_fast.hcl_bwd(grad, of, other, table)
-    return first_derivative(OP, gradient, grad, of, other)
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    of: Sequence[Tensor],
+    others: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    needed: Sequence[bool],
+    sign: int = 1,
+) -> list[Tensor | None]:
+    stages = [m for m, wanted in enumerate(needed) if wanted]
+    result: list[Tensor | None] = [None] * len(needed)
+    if stages:
+        with torch.no_grad():
+            gradients = _registration.raw_op("hcl_bwd", ctx.backend)(
+                grad,
+                [of[m] for m in stages],
+                [others[m] for m in stages],
+                [tables[m] if sign > 0 else -tables[m] for m in stages],
+                [ctx.weights[m] for m in stages],
+            )
+        for m, gradient in zip(stages, gradients, strict=True):
+            result[m] = first_derivative(OP, gradient, grad, of[m], others[m])
+    return result
 
 
 def _same_dense_layout(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +146,7 @@ def hcl_stage(student: Tensor, teacher: Tensor, backend: str | None = None) -> T
         TransKD section III-B; levels and weights as in the published ``hcl`` with ``min(h, w)`` for ``h``.
     """
     _check_stage("hcl", student, teacher)
-    return _run_stage(student, teacher, backend)
+    return _run([student], [teacher], [1.0], backend)
 
 
 def hcl_loss(
@@ -147,11 +181,7 @@ def hcl_loss(
     _checks.check_length("hcl_loss", "stage_weights", weights, len(student_maps), "student_maps")
     for stage, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True), start=1):
         _check_stage(f"hcl_loss: stage {stage}", student, teacher)
-    losses = [_run_stage(s, t, backend) for s, t in zip(student_maps, teacher_maps, strict=True)]
-    total = losses[0] * weights[0]
-    for loss, weight in zip(losses[1:], weights[1:], strict=True):
-        total = total + loss * weight
-    return total
+    return _run(student_maps, teacher_maps, weights, backend)
 
 
 def _check_stage(name: str, student: Tensor, teacher: Tensor) -> None:
@@ -161,9 +191,19 @@ def _check_stage(name: str, student: Tensor, teacher: Tensor) -> None:
     _checks.check_not_empty(name, "student", student)
 
 
-def _run_stage(student: Tensor, teacher: Tensor, backend: str | None) -> Tensor:
-    if backends.choose(OP, (student, teacher), backend) == "cpu":
-        student, teacher = _same_dense_layout(student, teacher)
-        grad_enabled = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
-        return _HCL.apply(student, teacher, grad_enabled)
-    return hcl_reference(student, teacher)
+def _run(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float], backend: str | None
+) -> Tensor:
+    chosen = backends.choose(OP, (*students, *teachers), backend)
+    if chosen == "eager":
+        total = hcl_reference(students[0], teachers[0]) * weights[0]
+        for student, teacher, weight in zip(students[1:], teachers[1:], weights[1:], strict=True):
+            total = total + hcl_reference(student, teacher) * weight
+        return total
+    pairs = [_same_dense_layout(student, teacher) for student, teacher in zip(students, teachers, strict=True)]
+    maps: list[Tensor] = []
+    for m in [pair[0] for pair in pairs] + [pair[1] for pair in pairs]:
+        # torch.compile takes no Function with the same tensor twice among its inputs.
+        maps.append(m.view_as(m) if any(m is other for other in maps) else m)
+    grad_enabled = torch.is_grad_enabled() and any(m.requires_grad for m in maps)
+    return _HCL.apply(chosen, tuple(float(weight) for weight in weights), grad_enabled, *maps)

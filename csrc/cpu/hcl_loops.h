@@ -1,0 +1,185 @@
+// The inner loops of hcl on CPU, over one run of memory; s, t and out are the compute type.
+#pragma once
+
+#include "common/hcl_pyramid.h"
+#include "cpu/common/clones.h"
+#include "cpu/common/vector.h"
+
+namespace transkd {
+namespace {
+
+// d = s - t of one vector, added to a sum, its square to another.
+template <class T, class V>
+TRANSKD_INLINE void add_difference(const T* s, const T* t, V& sum, V& squares) {
+  V d, other;
+  d.load(s);
+  other.load(t);
+  d.lanes -= other.lanes;
+  sum.lanes += d.lanes;
+  squares.lanes += d.lanes * d.lanes;
+}
+
+// Rows of one plane, cut into S column segments: sums [S] of d; returns the sum of d^2. Row by row, so that memory is
+// read in its order; S is a constant so that the sums of all segments stay in registers meanwhile.
+template <class T, int S>
+TRANSKD_INLINE T rows_loop(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {
+  using Whole = Vector<T>;
+  using Half = Vector<T, 32>;
+  Whole sum[S], squares;
+  Half half_sum[S], half_squares;
+  T single_sum[S] = {}, single_squares = 0;
+  for (int64_t r = 0; r < rows; ++r, s += columns.size, t += columns.size) {
+#pragma GCC unroll 7
+    for (int j = 0; j < S; ++j) {
+      const int64_t end = columns.edge[j + 1];
+      int64_t i = columns.edge[j];
+      for (; i + Whole::kSize <= end; i += Whole::kSize) add_difference(s + i, t + i, sum[j], squares);
+      if (i + Half::kSize <= end) {
+        add_difference(s + i, t + i, half_sum[j], half_squares);
+        i += Half::kSize;
+      }
+      for (; i < end; ++i) {
+        const T d = s[i] - t[i];
+        single_sum[j] += d;
+        single_squares += d * d;
+      }
+    }
+  }
+  for (int j = 0; j < S; ++j) sums[j] = sum[j].sum() + half_sum[j].sum() + single_sum[j];
+  return squares.sum() + half_squares.sum() + single_squares;
+}
+
+template <class T>
+TRANSKD_INLINE T rows_of_segments(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {
+  switch (columns.segments) {
+    case 1:
+      return rows_loop<T, 1>(s, t, rows, columns, sums);
+    case 2:
+      return rows_loop<T, 2>(s, t, rows, columns, sums);
+    case 3:
+      return rows_loop<T, 3>(s, t, rows, columns, sums);
+    case 4:
+      return rows_loop<T, 4>(s, t, rows, columns, sums);
+    case 5:
+      return rows_loop<T, 5>(s, t, rows, columns, sums);
+    case 6:
+      return rows_loop<T, 6>(s, t, rows, columns, sums);
+    default:
+      static_assert(kMaxSegments == 7);
+      return rows_loop<T, 7>(s, t, rows, columns, sums);
+  }
+}
+
+// Pixels of a channels-last map: adds d to sums [channels]; returns the sum of d^2.
+template <class T>
+TRANSKD_INLINE T pixels_loop(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {
+  using Whole = Vector<T>;
+  Whole squares;
+  T single_squares = 0;
+  for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels) {
+    int64_t c = 0;
+    for (; c + Whole::kSize <= channels; c += Whole::kSize) {
+      Whole sum;
+      sum.load(sums + c);
+      add_difference(s + c, t + c, sum, squares);
+      sum.store(sums + c);
+    }
+    for (; c < channels; ++c) {
+      const T d = s[c] - t[c];
+      sums[c] += d;
+      single_squares += d * d;
+    }
+  }
+  return squares.sum() + single_squares;
+}
+
+// out = alpha (s - t) + level[segment] over rows of one plane.
+template <class T>
+TRANSKD_INLINE void rows_backward_loop(const T* __restrict s, const T* __restrict t, int64_t rows, const Axis& columns,
+                                       T alpha, const T* __restrict level, T* __restrict out) {
+  for (int64_t r = 0; r < rows; ++r, s += columns.size, t += columns.size, out += columns.size) {
+    for (int j = 0; j < columns.segments; ++j) {
+      const T add = level[j];
+      for (int64_t i = columns.edge[j]; i < columns.edge[j + 1]; ++i) out[i] = alpha * (s[i] - t[i]) + add;
+    }
+  }
+}
+
+// out = alpha (s - t) + level[channel] over pixels of one cell.
+template <class T>
+TRANSKD_INLINE void pixels_backward_loop(const T* __restrict s, const T* __restrict t, int64_t pixels, int64_t channels,
+                                         T alpha, const T* __restrict level, T* __restrict out) {
+  for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels, out += channels) {
+    for (int64_t c = 0; c < channels; ++c) out[c] = alpha * (s[c] - t[c]) + level[c];
+  }
+}
+
+// One plane's cells for a vector of channels: table [cells, stride], sums of d in, gradient of the pooled terms out;
+// lanes says how many of the vector's channels there are. Returns those channels' share of the loss's pooled terms.
+template <class T>
+TRANSKD_INLINE T pool_loop(const Pyramid& pyramid, const T* level_weight, T* table, int64_t stride, int lanes) {
+  using Channels = Vector<T>;
+  const int cells = pyramid.cells();
+  T padded[Channels::kSize] = {};
+  Channels sums[kMaxCells], gradient[kMaxCells], loss;
+  for (int k = 0; k < cells; ++k) {
+    for (int lane = 0; lane < lanes; ++lane) padded[lane] = table[k * stride + lane];
+    sums[k].load(padded);
+  }
+  for (int level = 0; level < kLevels; ++level) {
+    if (!pyramid.used[level]) continue;
+    for (int64_t i = 0; i < kLevelSize[level]; ++i) {
+      const Window& vertical = pyramid.rows.window[level][i];
+      for (int64_t j = 0; j < kLevelSize[level]; ++j) {
+        const Window& horizontal = pyramid.columns.window[level][j];
+        const T share = static_cast<T>(1 / (vertical.length * horizontal.length));
+        Channels pooled;
+        for (int r = vertical.first; r < vertical.last; ++r) {
+          for (int c = horizontal.first; c < horizontal.last; ++c) {
+            pooled.lanes += sums[r * pyramid.columns.segments + c].lanes;
+          }
+        }
+        pooled.lanes *= share;
+        const typename Channels::Lanes weighted = pooled.lanes * level_weight[level];
+        loss.lanes += weighted * pooled.lanes;
+        const typename Channels::Lanes slope = weighted * (2 * share);
+        for (int r = vertical.first; r < vertical.last; ++r) {
+          for (int c = horizontal.first; c < horizontal.last; ++c) {
+            gradient[r * pyramid.columns.segments + c].lanes += slope;
+          }
+        }
+      }
+    }
+  }
+  for (int k = 0; k < cells; ++k) {
+    gradient[k].store(padded);
+    for (int lane = 0; lane < lanes; ++lane) table[k * stride + lane] = padded[lane];
+  }
+  return loss.sum();
+}
+
+// The instruction-set clones of the loops, one set per compute type.
+#define TRANSKD_HCL_LOOPS(T)                                                                                           \
+  TRANSKD_CLONES T add_rows(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {                      \
+    return rows_of_segments<T>(s, t, rows, columns, sums);                                                             \
+  }                                                                                                                    \
+  TRANSKD_CLONES T add_pixels(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {                     \
+    return pixels_loop<T>(s, t, pixels, channels, sums);                                                               \
+  }                                                                                                                    \
+  TRANSKD_CLONES void rows_backward(const T* s, const T* t, int64_t rows, const Axis& columns, T alpha,                \
+                                    const T* level, T* out) {                                                          \
+    rows_backward_loop<T>(s, t, rows, columns, alpha, level, out);                                                     \
+  }                                                                                                                    \
+  TRANSKD_CLONES void pixels_backward(const T* s, const T* t, int64_t pixels, int64_t channels, T alpha,               \
+                                      const T* level, T* out) {                                                        \
+    pixels_backward_loop<T>(s, t, pixels, channels, alpha, level, out);                                                \
+  }                                                                                                                    \
+  TRANSKD_CLONES T pool_channels(const Pyramid& pyramid, const T* level_weight, T* table, int64_t stride, int lanes) { \
+    return pool_loop<T>(pyramid, level_weight, table, stride, lanes);                                                  \
+  }
+TRANSKD_HCL_LOOPS(float)
+TRANSKD_HCL_LOOPS(double)
+#undef TRANSKD_HCL_LOOPS
+
+}  // namespace
+}  // namespace transkd

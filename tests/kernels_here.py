@@ -1,0 +1,13 @@
+"""Which kernels of an op the tests of this machine run, and on which device."""
+
+from transkd_fast import backends
+
+
+def kernels_of(op):
+    """The backends with a kernel of the op that can run here; Triton's are interpreted where there is no GPU."""
+    return [backend for backend in backends.BACKENDS[1:] if backends.why_not(op, backend) is None]
+
+
+def device_of(backend):
+    interpreted = backend == "triton" and backends.interpreting_triton()
+    return "cuda" if backend in ("triton", "cuda") and not interpreted else "cpu"
