@@ -8,7 +8,7 @@ TORCH ?= torch torchvision
 SOURCES := setup.py pyproject.toml $(shell find tools csrc -type f -not -name '*.pyc')
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench dist-check clean
+.PHONY: demo test lint format bench dist-check gpu gpu-carry gpu-keep clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,19 @@ bench: $(STAMP)
 # The package as others get it: built from its source distribution, installed, used from another folder.
 dist-check: $(STAMP)
 	bash tools/dist_check.sh $(abspath $(BIN))
+
+# Everything that needs a GPU, with PYTHON's own torch and no network; -B because a refusal leaves nothing behind.
+gpu:
+	$(PYTHON) -B bench/gpu.py run
+
+# Before, on a machine with a network: what goes along in .gpu/carry.
+gpu-carry:
+	$(PYTHON) -B bench/gpu.py carry
+
+# After: a run's results into bench/results/, from where they are committed.
+FROM ?= .gpu/out
+gpu-keep:
+	$(PYTHON) -B bench/gpu.py keep $(FROM)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info transkd_fast/*.so
