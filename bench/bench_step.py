@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICES, Case, relative_difference
+from harness.cases import DEVICES, Case, Problem, difference_of
 from torch import Tensor, nn
 
 from transkd_fast import backends, functional, models
@@ -25,7 +25,6 @@ BATCH, HEIGHT, WIDTH = 2, 512, 1024
 LOSS_TOLERANCE = 1e-5
 # Over all of the student's gradients at once: the squeeze batch norm of two values makes a few of them ill-conditioned.
 GRADIENT_TOLERANCE = 1e-3
-SOURCES = ["csrc/**/*", "kernels/*.py", "transkd_fast/**/*.py", "bench/bench_step.py"]
 
 Losses = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -94,13 +93,11 @@ def step_case(
     def check() -> str | None:
         got = losses_and_gradient(losses, model, images, labels)
         tolerances = dict.fromkeys(expected, LOSS_TOLERANCE) | {"gradient": GRADIENT_TOLERANCE}
-        differences = {name: relative_difference(got[name], expected[name]) for name in expected}
-        wrong = [f"{name} is off by {d:.1e}" for name, d in differences.items() if not d <= tolerances[name]]
-        return ", ".join(wrong) or None
+        return difference_of({name: (got[name], expected[name], tolerances[name]) for name in expected})
 
     shape = f"{BATCH}x3x{HEIGHT}x{WIDTH}"
-    inputs = [images, labels, *model.parameters()]
-    return Case("step b2-b0", backend, shape, "fp32", "nchw", images.device, forward, backward, check, inputs, SOURCES)
+    problem = Problem("step b2-b0", f"{HEIGHT} x {WIDTH}", BATCH, shape, "fp32", "nchw", images.device)
+    return Case(problem, backend, forward, backward, check, list(model.parameters()), [images, labels])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,32 +1,94 @@
+"""Options of `pytest bench/`, the fixture that measures, and what a run ends with: table, rows, verdicts."""
+
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
-from harness import DTYPES, Case, Row, report, write
-from harness import measure as measure_cases
+import torch
+from harness import targets
+from harness.cases import DTYPES, Case
+from harness.measure import measure as measure_cases
+from harness.report import report
+from harness.rows import Row, read, write
 
+from transkd_fast import backends
 from transkd_fast.train.memory import keep_freed_memory
 
+OUT = Path(__file__).resolve().parent / "out"
+DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 ROWS = pytest.StashKey[list[Row]]()
+TARGETS = pytest.StashKey[list[targets.Target]]()
+VERDICTS = pytest.StashKey[list[targets.Verdict]]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("transkd_fast benches")
     group.addoption("--rounds", type=int, help="interleaved rounds per comparison (default: each bench's own number)")
-    group.addoption("--dtype", choices=list(DTYPES), default="fp32", help="storage dtype of the ops' benches")
+    group.addoption(
+        "--dtype", choices=list(DTYPES), help="storage dtype of the ops (default: fp32 on CPU, bf16 on CUDA)"
+    )
+    group.addoption("--out", type=Path, default=OUT, help="folder of rows.json, rows.csv, verdicts.json (bench/out)")
+    group.addoption("--check", action="store_true", help="judge this run by the targets; a missed one fails it")
+    group.addoption("--targets", type=Path, default=targets.TARGETS, help="file of targets (bench/targets.toml)")
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[VERDICTS], config.stash[TARGETS] = [], [], []
     config.option.benchmark_quiet = True  # its table would show rounds, of all cases together
+    if config.getoption("--rounds") is not None and config.getoption("--rounds") < 1:
+        raise pytest.UsageError(f"--rounds: expected at least 1, got {config.getoption('--rounds')}")
+    try:
+        read(config.getoption("--out"))  # new rows are put beside those that are there
+        if config.getoption("--check"):
+            config.stash[TARGETS] = targets.load(config.getoption("--targets"))
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def why_not_run(target: targets.Target, rows: Sequence[Row]) -> str:
+    """Why this run has no row for a target."""
+    if target.device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if all(row.op != target.op for row in rows):
+        return "bench not selected"
+    if not any(target.covers(row) for row in rows):
+        return "case not selected"
+    if target.op not in backends.table():
+        return "the package knows no such op"
+    return backends.why_not(target.op, target.backend[0]) or "the backend did not take these tensors"
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if config.option.collectonly:
+        return
+    rows, cold = config.stash[ROWS], config.option.benchmark_disable
+    for target in config.stash[TARGETS]:
+        verdicts = targets.judge(target, rows, lambda single: why_not_run(single, rows), cold)
+        config.stash[VERDICTS] += targets.merged(target, verdicts)
+    if session.exitstatus == 0 and any(v.verdict == targets.MISS for v in config.stash[VERDICTS]):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
+    rows, verdicts, out = config.stash[ROWS], config.stash[VERDICTS], config.getoption("--out")
     if rows:
         terminalreporter.section("benches")
         terminalreporter.write_line(report(rows))
         if not config.option.benchmark_disable:  # one cold round is no measurement to keep
-            write(rows)
+            write(rows, out)
+    if verdicts:
+        terminalreporter.section("targets")
+        for verdict in verdicts:
+            terminalreporter.write_line(str(verdict))
+        counts = [
+            f"{sum(v.verdict == name for v in verdicts)} {name}"
+            for name in (targets.PASS, targets.MISS, targets.NOT_RUN)
+        ]
+        terminalreporter.write_line(", ".join(counts))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "verdicts.json").write_text(json.dumps([v.as_dict() for v in verdicts], indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +99,8 @@ def malloc() -> str:
 
 
 @pytest.fixture
-def dtype(request):
-    return DTYPES[request.config.getoption("dtype")]
+def dtype(request, device) -> str:
+    return request.config.getoption("--dtype") or DEFAULT_DTYPE[device]
 
 
 @pytest.fixture
@@ -46,7 +108,8 @@ def measure(request, benchmark, malloc) -> Callable[[Sequence[Case], int, int], 
     """Measures cases, keeps their rows for the table, and fails if one of them is wrong."""
 
     def run(cases: Sequence[Case], rounds: int, warmup: int) -> None:
-        rows = measure_cases(benchmark, cases, request.config.getoption("rounds") or rounds, warmup, malloc)
+        rows = measure_cases(benchmark, cases, request.config.getoption("--rounds") or rounds, warmup, malloc)
+        benchmark.extra_info["rows"] = [row.as_dict() for row in rows]
         request.config.stash[ROWS].extend(rows)
         wrong = [f"{row.backend}: {row.error}" for row in rows if row.error is not None]
         assert not wrong, "; ".join(wrong)

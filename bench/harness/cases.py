@@ -1,0 +1,131 @@
+"""What a bench gives to be measured: ways to compute one thing, with the check that stands before any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transkd_fast import backends
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNELS_OF = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+# Largest max-norm relative difference to fp64 that a case may have. The value is computed in fp32 whatever the dtype;
+# gradients are rounded to the dtype of their input.
+VALUE_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed; the cases of one comparison share it.
+
+    Args:
+        op: the op's name.
+        size: short name of the sizes, by which `targets.toml` names them, e.g. "stage 1".
+        batch: samples.
+        shape: sizes of the inputs, as text.
+        dtype: one of `DTYPES`.
+        layout: memory layout of the maps, "nchw" or "channels_last".
+        device: where it runs.
+        least_bytes: per direction ("forward", "backward") the bytes that any way to compute it must read and write.
+        least_flops: per direction the FLOPs likewise.
+    """
+
+    op: str
+    size: str
+    batch: int
+    shape: str
+    dtype: str
+    layout: str
+    device: torch.device
+    least_bytes: Mapping[str, int] = field(default_factory=dict)
+    least_flops: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute something.
+
+    Args:
+        problem: what.
+        backend: how; a key of `rows.SOURCES`, or one of the step's.
+        forward: computes the loss, 0-d, and keeps what the backward needs.
+        backward: takes the loss through the backward and whatever follows it.
+        check: gives None if the results are right, else what is wrong; called first, a wrong case is not timed.
+        leaves: tensors whose gradients are taken.
+        others: other tensors that exist before the call; what is saved for backward beyond these and the leaves is the
+            call's own.
+    """
+
+    problem: Problem
+    backend: str
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], Any]
+    check: Callable[[], str | None]
+    leaves: Sequence[Tensor]
+    others: Sequence[Tensor]
+
+    def run(self) -> None:
+        self.backward(self.forward())
+
+
+def gradient_case(
+    problem: Problem,
+    backend: str,
+    function: Callable[[], Tensor],
+    leaves: Sequence[Tensor],
+    others: Sequence[Tensor],
+    truth: tuple[Tensor, Sequence[Tensor]],
+    upstream: Tensor,
+) -> Case:
+    """A case of an op that returns a loss, checked against fp64.
+
+    Args:
+        problem: what is computed.
+        backend: a key of `rows.SOURCES`.
+        function: computes the loss from `leaves` and `others`.
+        leaves: inputs whose gradients are taken.
+        others: the other inputs.
+        truth: fp64 loss and, for the upstream gradient, fp64 gradients of the leaves.
+        upstream: upstream gradient, 0-d, on the problem's device, fp64.
+    """
+    upstream_of = {
+        dtype: upstream.to(dtype) for dtype in (torch.float32, *DTYPES.values())
+    }  # no cast in the timed part
+
+    def backward(loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, leaves, upstream_of[loss.dtype])
+
+    def check() -> str | None:
+        loss = function()
+        results = {"value": (loss, truth[0], VALUE_TOLERANCE)}
+        for i, pair in enumerate(zip(backward(loss), truth[1], strict=True)):
+            results[f"gradient {i}"] = (*pair, GRADIENT_TOLERANCE[problem.dtype])
+        return difference_of(results)
+
+    return Case(problem, backend, function, backward, check, leaves, others)
+
+
+def difference_of(results: Mapping[str, tuple[Tensor, Tensor, float]]) -> str | None:
+    """What is off by more than it may be: per name a value, its truth and the tolerance; None if nothing is."""
+    differences = {name: relative_difference(value, truth) for name, (value, truth, _) in results.items()}
+    wrong = [f"{name} is off by {d:.1e}" for name, d in differences.items() if not d <= results[name][2]]
+    return ", ".join(wrong) or None
+
+
+def relative_difference(value: Tensor, truth: Tensor) -> float:
+    """The largest difference over the largest true value; NaN if either has one."""
+    value, truth = value.detach().double(), truth.detach().double()
+    return ((value - truth).abs().max() / truth.abs().max()).item()
+
+
+def kernels_that_run(op: str, tensors: Sequence[Tensor]) -> list[str]:
+    """The op's kernel backends that take these tensors here; Triton's interpreter is not one to be timed."""
+    names = KERNELS_OF[tensors[0].device.type]
+    return [name for name in names if backends.why_not(op, name, tensors) is None]
