@@ -21,7 +21,7 @@ SOURCES = {
     "compiled": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
     "published": ["transkd_fast/reference/legacy.py"],
     "cpu": ["transkd_fast/ops/{op}.py", "csrc/cpu/{op}*", "csrc/cpu/common/*", "csrc/common/*"],
-    "triton": ["transkd_fast/ops/{op}.py", "kernels/{op}.py", "kernels/_common.py"],
+    "triton": ["transkd_fast/ops/{op}.py", "kernels/{op}.py", "kernels/_common.py", "kernels/_{op}_plan.py"],
     "cuda": ["transkd_fast/ops/{op}.py", "csrc/cuda/{op}*", "csrc/cuda/common/*", "csrc/common/*"],
 }
 STEP_SOURCES = [

@@ -1,0 +1,76 @@
+"""What an op declares to have its GPU code compiled and judged; README.md has an example."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Wide:
+    """The least number of global loads and stores in a kernel's code that move 16 bytes or more per thread."""
+
+    loads: int = 0
+    stores: int = 0
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """One CUDA kernel as C++ names it, without its namespace, e.g. `scale_kernel<float, 4>`."""
+
+    name: str
+    wide: Wide = Wide()
+
+
+@dataclass(frozen=True)
+class Triton:
+    """One call of Triton launchers. Whatever they launch is compiled, nothing runs: `call` uses tensors on "meta"."""
+
+    name: str
+    call: Callable[[], object]
+    wide: dict[str, Wide] = field(default_factory=dict)  # by kernel function
+    archs: tuple[int, ...] = ARCHS
+
+
+@dataclass
+class Op:
+    """The GPU code of one op.
+
+    A line of the table names a CUDA kernel as declared, a Triton kernel by its function and its call's name:
+    "scale_kernel bf16".
+    """
+
+    name: str
+    cuda: tuple[Cuda, ...] = ()
+    triton: tuple[Triton, ...] = ()
+    header: str = ""
+
+    def __post_init__(self):
+        self.header = self.header or f"csrc/cuda/{self.name}_kernel.cuh"
+        for entries in (self.cuda, self.triton):
+            names = [entry.name for entry in entries]
+            assert len(names) == len(set(names)), f"{self.name}: expected each name once, got {sorted(names)}"
+
+    def wide(self, backend, kernel):
+        """The wide accesses that a kernel of the table is declared to have."""
+        if backend == "cuda":
+            return next(entry.wide for entry in self.cuda if entry.name == kernel)
+        function, _, call = kernel.partition(" ")
+        return next(entry.wide.get(function, Wide()) for entry in self.triton if entry.name == call.partition(" #")[0])
+
+
+def op_names():
+    """Every op that has GPU code, whether it is declared or not."""
+    cuda = {path.name.removesuffix("_kernel.cuh") for path in ROOT.glob("csrc/cuda/*_kernel.cuh")}
+    triton = {path.stem for path in ROOT.glob("kernels/*.py") if not path.name.startswith("_")}
+    return sorted(cuda | triton)
+
+
+def op(name):
+    """What an op declares, or None if it has no file in this folder."""
+    if not Path(__file__).with_name(f"{name}.py").exists():
+        return None
+    return importlib.import_module(f"gpu_code.{name}").OP

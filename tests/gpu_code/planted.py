@@ -1,0 +1,32 @@
+"""Sound and faulty kernels: the tests see every gate fail on them."""
+
+from gpu_code.declare import Cuda, Op, Triton, Wide
+
+LOADS_AND_STORES = Wide(loads=1, stores=1)
+
+
+def _launch(kernel, dtype="float32", **arguments):
+    import torch
+
+    from gpu_code import planted_kernels
+
+    x, y = (torch.empty(16384, dtype=getattr(torch, dtype), device="meta") for _ in range(2))
+    getattr(planted_kernels, kernel)[(1,)](x, y, **arguments)
+
+
+OP = Op(
+    "planted",
+    header="tests/gpu_code/planted.cuh",
+    cuda=(
+        Cuda("copy<4>", LOADS_AND_STORES),
+        Cuda("copy<1>", LOADS_AND_STORES),
+        Cuda("stack_frame"),
+        Cuda("spill"),
+    ),
+    triton=(
+        Triton("aligned", lambda: _launch("copy", n=4096, BLOCK=1024), {"copy": LOADS_AND_STORES}),
+        Triton("unaligned", lambda: _launch("copy", n=4095, BLOCK=1024), {"copy": LOADS_AND_STORES}),
+        Triton("index", lambda: _launch("stack_frame", "int32", BLOCK=128)),
+        Triton("tile", lambda: _launch("spill", n=9, BLOCK=4096, maxnreg=32)),
+    ),
+)

@@ -1,0 +1,3 @@
+from gpu_code.declare import Cuda, Op
+
+OP = Op("selftest", cuda=(Cuda("selftest_kernel"),))
