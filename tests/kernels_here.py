@@ -8,6 +8,9 @@ def kernels_of(op):
     return [backend for backend in backends.BACKENDS[1:] if backends.why_not(op, backend) is None]
 
 
+def interpreted(backend):
+    return backend == "triton" and backends.interpreting_triton()
+
+
 def device_of(backend):
-    interpreted = backend == "triton" and backends.interpreting_triton()
-    return "cuda" if backend in ("triton", "cuda") and not interpreted else "cpu"
+    return "cuda" if backend in ("triton", "cuda") and not interpreted(backend) else "cpu"

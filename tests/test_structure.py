@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_mutations
+import test_on_gpu
 
 import transkd_fast.functional  # noqa: F401  registers every op
 from transkd_fast import backends
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,7 +26,7 @@ CHOICE = {"_extension", "backends"}
 OPS = {"ops", "functional"}
 BELOW_TRAIN = {*TRUTH, *CHOICE, *OPS, "nn", "transkd", "models", "data", "environment"}
 IMPORTS = {
-    "kernels": (set(), {"torch", "triton"}),
+    "kernels": ({f"kernels.{path.stem}" for path in ROOT.glob("kernels/_[a-z]*.py")}, {"torch", "triton"}),
     "reference": (TRUTH, {"torch"}),
     "_extension": (set(), {"torch"}),
     "backends": ({"_extension"}, {"torch"}),
@@ -37,17 +44,18 @@ IMPORTS = {
 }
 
 # What some ops do not have yet. Whoever adds such a file takes its entry away.
-KERNEL_FILES = ("csrc/cpu/{}_cpu.cpp", "csrc/cuda/{}_kernel.cuh", "csrc/cuda/{}_cuda.cu", "kernels/{}.py")
+KERNEL_FILES = (
+    "csrc/cpu/{}_cpu.cpp",
+    "csrc/cuda/{}_kernel.cuh",
+    "csrc/cuda/{}_cuda.cu",
+    "kernels/{}.py",
+    "tests/cuda_on_cpu/{}.cpp",
+    "tests/cuda_on_cpu/test_cuda_on_cpu_{}.py",
+    "tests/gpu_code/{}.py",
+)
 BENCH = "bench/bench_{}.py"
 FILES = ("transkd_fast/reference/{}.py", "transkd_fast/ops/{}.py", "tests/test_{}.py", *KERNEL_FILES, BENCH)
-NOT_YET = {
-    "csf": {*KERNEL_FILES, BENCH},
-    "cwd": {*KERNEL_FILES, BENCH},
-    "gl_mixer": {*KERNEL_FILES, BENCH},
-    "hcl": {"csrc/cuda/{}_kernel.cuh", "csrc/cuda/{}_cuda.cu", "kernels/{}.py"},
-    "pea": {*KERNEL_FILES, BENCH},
-    "seg_ce": {*KERNEL_FILES, BENCH},
-}
+NOT_YET = {op: {*KERNEL_FILES, BENCH} for op in ("csf", "cwd", "gl_mixer", "pea", "seg_ce")}
 
 
 def modules():
@@ -109,7 +117,8 @@ def test_imports_go_down_only(module):
         ("ops.hcl", "def f():\n    from transkd_fast.functional import csf", ["transkd_fast.functional"]),
         ("nn.csf", "if TYPE_CHECKING:\n    from transkd_fast.models.outputs import A", ["transkd_fast.models.outputs"]),
         ("transkd", "from transkd_fast.models import outputs, registry", ["transkd_fast.models.registry"]),
-        ("kernels.hcl", "import os, triton\nfrom transkd_fast.kernels import csf", ["transkd_fast.kernels"]),
+        ("kernels.hcl", "import os, triton\nfrom transkd_fast.kernels import _common, pea", ["transkd_fast.kernels"]),
+        ("kernels.hcl", "from transkd_fast import backends", ["transkd_fast.backends"]),
         ("data.base", "import omegaconf.errors\nfrom tqdm import tqdm", ["omegaconf.errors", "tqdm"]),
     ],
 )
@@ -126,6 +135,17 @@ def test_an_op_has_its_files(op):
 
 def test_only_ops_lack_files():
     assert set(NOT_YET) <= set(backends.table())
+
+
+@pytest.mark.parametrize("op", sorted(set(backends.table()) - set(NOT_YET)))
+def test_a_finished_op_has_its_kernels_its_gpu_tests_its_mutants_and_its_targets(op):
+    assert {name for name, why in backends.table()[op].items() if why != "no kernel for this op yet"} == set(
+        backends.BACKENDS
+    )
+    assert op in test_on_gpu.CALLS
+    assert {mutant.backend for mutant in test_mutations.MUTANTS if mutant.op == op} == set(backends.BACKENDS[1:])
+    cases = tomllib.loads((ROOT / "bench" / "targets.toml").read_text(encoding="utf-8"))["case"]
+    assert {"cpu", "cuda"} <= {case["device"] for case in cases if case["op"] == op}
 
 
 def repository_files():

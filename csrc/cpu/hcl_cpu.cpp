@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -209,7 +210,19 @@ double pool(const Stage& stage, T* table) {
   return loss;
 }
 
-// ---- Backward. Memory is walked from its end: what the forward read last may still be in the cache.
+// ---- Backward.
+
+// Whether a gradient goes past the cache: one of this size would only push out what comes next, and a usual store reads
+// it from memory first.
+template <class T>
+bool streams(const Stage& stage, const Tensor& gradient, const Writer<T>& out, int64_t run) {
+  constexpr int64_t kStreamBytes = 8 << 20;
+  const int64_t bytes = stage.planes() * stage.plane() * static_cast<int64_t>(sizeof(T));
+  const bool aligned = reinterpret_cast<uintptr_t>(gradient.const_data_ptr()) % 16 == 0 && run * sizeof(T) % 16 == 0;
+  return bytes >= kStreamBytes && aligned && !out.buffered();
+}
+
+// Memory is walked from its end: what the forward read last may still be in the cache.
 
 template <class T>
 void backward_contiguous(T upstream, const Stage& stage, const T* table, const Tensor& gradient) {
@@ -217,6 +230,9 @@ void backward_contiguous(T upstream, const Stage& stage, const T* table, const T
   const Writer<T> out(gradient);
   const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
   const T alpha = static_cast<T>(upstream * stage.alpha());
+  int64_t run = columns.size;  // what every border of rows and segments is a multiple of
+  for (int j = 1; j < columns.segments; ++j) run = std::gcd(run, columns.edge[j]);
+  const bool stream = streams(stage, gradient, out, run);
   const int64_t rows_at_once = std::max<int64_t>(1, kBuffer / columns.size);
   torch::stable::parallel_for(
       0, stage.planes(), std::max<int64_t>(1, kGrain / stage.plane()), [&](int64_t begin, int64_t end) {
@@ -233,11 +249,12 @@ void backward_contiguous(T upstream, const Stage& stage, const T* table, const T
               const int64_t offset = plane * stage.plane() + r * columns.size, n = count * columns.size;
               T* to = out.place(offset, out_buffer.data());
               rows_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), count, columns,
-                            alpha, level, to);
+                            alpha, level, to, stream);
               out.commit(offset, n, to);
             }
           }
         }
+        if (stream) streamed();
       });
 }
 
@@ -248,6 +265,7 @@ void backward_channels_last(T upstream, const Stage& stage, const T* table, cons
   const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
   const T alpha = static_cast<T>(upstream * stage.alpha());
   const int64_t channels = stage.channels, pixels_at_once = std::max<int64_t>(1, kBuffer / channels);
+  const bool stream = streams(stage, gradient, out, channels);
   std::vector<T> levels(stage.batch * stage.cells() * channels);
   for (size_t i = 0; i < levels.size(); ++i) levels[i] = upstream * table[i];
   const int64_t lines = stage.batch * stage.height, grain = std::max<int64_t>(1, kGrain / (stage.width * channels));
@@ -263,11 +281,12 @@ void backward_channels_last(T upstream, const Stage& stage, const T* table, cons
           const int64_t offset = (line * stage.width + x) * channels, n = pixels * channels;
           T* to = out.place(offset, out_buffer.data());
           pixels_backward(s.read(offset, n, s_buffer.data()), t.read(offset, n, t_buffer.data()), pixels, channels,
-                          alpha, level, to);
+                          alpha, level, to, stream);
           out.commit(offset, n, to);
         }
       }
     }
+    if (stream) streamed();
   });
 }
 

@@ -94,23 +94,47 @@ TRANSKD_INLINE T pixels_loop(const T* s, const T* t, int64_t pixels, int64_t cha
 }
 
 // out = alpha (s - t) + level[segment] over rows of one plane.
-template <class T>
+template <class T, bool kStream>
 TRANSKD_INLINE void rows_backward_loop(const T* __restrict s, const T* __restrict t, int64_t rows, const Axis& columns,
                                        T alpha, const T* __restrict level, T* __restrict out) {
   for (int64_t r = 0; r < rows; ++r, s += columns.size, t += columns.size, out += columns.size) {
     for (int j = 0; j < columns.segments; ++j) {
       const T add = level[j];
-      for (int64_t i = columns.edge[j]; i < columns.edge[j + 1]; ++i) out[i] = alpha * (s[i] - t[i]) + add;
+      int64_t i = columns.edge[j];
+      const int64_t end = columns.edge[j + 1];
+      if constexpr (kStream) {
+        using Whole = Vector<T>;
+        for (; i + Whole::kSize <= end; i += Whole::kSize) {
+          Whole d, other;
+          d.load(s + i);
+          other.load(t + i);
+          d.lanes = alpha * (d.lanes - other.lanes) + add;
+          d.stream(out + i);
+        }
+      }
+      for (; i < end; ++i) out[i] = alpha * (s[i] - t[i]) + add;
     }
   }
 }
 
 // out = alpha (s - t) + level[channel] over pixels of one cell.
-template <class T>
+template <class T, bool kStream>
 TRANSKD_INLINE void pixels_backward_loop(const T* __restrict s, const T* __restrict t, int64_t pixels, int64_t channels,
                                          T alpha, const T* __restrict level, T* __restrict out) {
   for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels, out += channels) {
-    for (int64_t c = 0; c < channels; ++c) out[c] = alpha * (s[c] - t[c]) + level[c];
+    int64_t c = 0;
+    if constexpr (kStream) {
+      using Whole = Vector<T>;
+      for (; c + Whole::kSize <= channels; c += Whole::kSize) {
+        Whole d, other, add;
+        d.load(s + c);
+        other.load(t + c);
+        add.load(level + c);
+        d.lanes = alpha * (d.lanes - other.lanes) + add.lanes;
+        d.stream(out + c);
+      }
+    }
+    for (; c < channels; ++c) out[c] = alpha * (s[c] - t[c]) + level[c];
   }
 }
 
@@ -167,12 +191,20 @@ TRANSKD_INLINE T pool_loop(const Pyramid& pyramid, const T* level_weight, T* tab
     return pixels_loop<T>(s, t, pixels, channels, sums);                                                               \
   }                                                                                                                    \
   TRANSKD_CLONES void rows_backward(const T* s, const T* t, int64_t rows, const Axis& columns, T alpha,                \
-                                    const T* level, T* out) {                                                          \
-    rows_backward_loop<T>(s, t, rows, columns, alpha, level, out);                                                     \
+                                    const T* level, T* out, bool stream) {                                             \
+    if (stream) {                                                                                                      \
+      rows_backward_loop<T, true>(s, t, rows, columns, alpha, level, out);                                             \
+    } else {                                                                                                           \
+      rows_backward_loop<T, false>(s, t, rows, columns, alpha, level, out);                                            \
+    }                                                                                                                  \
   }                                                                                                                    \
   TRANSKD_CLONES void pixels_backward(const T* s, const T* t, int64_t pixels, int64_t channels, T alpha,               \
-                                      const T* level, T* out) {                                                        \
-    pixels_backward_loop<T>(s, t, pixels, channels, alpha, level, out);                                                \
+                                      const T* level, T* out, bool stream) {                                           \
+    if (stream) {                                                                                                      \
+      pixels_backward_loop<T, true>(s, t, pixels, channels, alpha, level, out);                                        \
+    } else {                                                                                                           \
+      pixels_backward_loop<T, false>(s, t, pixels, channels, alpha, level, out);                                       \
+    }                                                                                                                  \
   }                                                                                                                    \
   TRANSKD_CLONES T pool_channels(const Pyramid& pyramid, const T* level_weight, T* table, int64_t stride, int lanes) { \
     return pool_loop<T>(pyramid, level_weight, table, stride, lanes);                                                  \

@@ -66,6 +66,9 @@ class Writer {
  public:
   Writer(const Tensor& tensor) : data_(tensor.mutable_data_ptr()), type_(tensor.scalar_type()) {}
 
+  // Whether commit() converts, from a buffer.
+  bool buffered() const { return type_ == ScalarType::BFloat16 || type_ == ScalarType::Half; }
+
   Compute* place(int64_t offset, Compute* buffer) const {
     return buffered() ? buffer : static_cast<Compute*>(data_) + offset;
   }
@@ -78,8 +81,6 @@ class Writer {
   }
 
  private:
-  bool buffered() const { return type_ == ScalarType::BFloat16 || type_ == ScalarType::Half; }
-
   void* data_;
   ScalarType type_;
 };

@@ -2,6 +2,10 @@
 // them in registers where it would spill an array of lanes.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <cstring>
 
 #include "clones.h"
@@ -18,6 +22,18 @@ struct Vector {
   TRANSKD_INLINE void load(const T* from) { std::memcpy(&lanes, from, Bytes); }
   TRANSKD_INLINE void store(T* to) const { std::memcpy(to, &lanes, Bytes); }
 
+  // Stores past the cache, at a multiple of 16 bytes: large results are then written without being read first. Call
+  // streamed() before another thread may read them.
+  TRANSKD_INLINE void stream(T* to) const {
+#if defined(__SSE2__)
+    __m128i parts[Bytes / 16];
+    std::memcpy(parts, &lanes, Bytes);
+    for (int k = 0; k < Bytes / 16; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + k, parts[k]);
+#else
+    store(to);
+#endif
+  }
+
   // The sum of all elements, by halves.
   TRANSKD_INLINE T sum() const {
     T values[kSize];
@@ -28,5 +44,12 @@ struct Vector {
     return values[0];
   }
 };
+
+// Waits for what stream() wrote.
+inline void streamed() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 }  // namespace transkd
