@@ -8,7 +8,7 @@ TORCH ?= torch torchvision
 SOURCES := setup.py pyproject.toml $(shell find tools csrc -type f -not -name '*.pyc')
 CXX_SOURCES = $(shell find csrc tests/cuda_on_cpu tests/gpu_code -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench dist-check gpu gpu-carry gpu-keep clean
+.PHONY: demo test test-triton lint format bench dist-check gpu gpu-carry gpu-keep clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
+
+# The Triton kernels under another Triton than torch's: interpreted, and compiled ahead of time. Triton 3.6's interpreter
+# needs an older numpy too.
+TRITON ?= 3.6.0
+OTHER_TRITON = $(VENV)/triton-$(TRITON)
+test-triton: $(STAMP)
+	test -d $(OTHER_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.3'
+	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(BIN)/python -m pytest tests/test_kernels_triton.py tests/gpu_code -k triton --allowed-skips tests/allowed_skips.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

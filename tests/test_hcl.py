@@ -295,7 +295,7 @@ def test_double_backward_is_refused(backend):
     [(torch.float32, "nchw"), (torch.bfloat16, "channels_last")],
 )
 def test_results_repeat_bit_for_bit_with_any_number_of_threads(dtype, layout, backend):
-    student, teacher = make((2, 9, 33, 41) if interpreted(backend) else (2, 48, 65, 97), dtype, layout)
+    student, teacher = make((2, 5, 9, 13) if interpreted(backend) else (2, 48, 65, 97), dtype, layout)
     first = run(student, teacher, backend)
     threads = torch.get_num_threads()
     try:
@@ -342,7 +342,8 @@ def test_nan_and_inf_come_out(bad, dtype, layout, backend):
 )
 def test_halves_round_like_torch(dtype, layout, backend):
     """On 1 x 1 maps the gradient is 2 (s - t): every bit pattern of the storage type goes in, rounding comes out."""
-    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    step = 61 if interpreted(backend) else 1
+    patterns = torch.arange(0, 2**16, step, dtype=torch.int32).to(torch.int16).view(dtype)
     student = patterns.view(1, -1, 1, 1).contiguous(memory_format=LAYOUTS[layout])
     zero = torch.zeros_like(student)
     upstream = 0.7 * student.numel() / 2

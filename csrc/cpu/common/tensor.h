@@ -1,4 +1,4 @@
-// What every CPU op asks of its tensors: layouts, and reading storage types as the compute type.
+// What every CPU op asks of its tensors: reading storage types as the compute type.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,26 +7,12 @@
 #include <cstdint>
 #include <vector>
 
-#include "half.h"
+#include "common/layout.h"
+#include "cpu/common/half.h"
 
 namespace transkd {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-enum class Layout { kContiguous, kChannelsLast, kOther };
-
-// Layout of a [B, C, H, W] map; a map that is both (C = 1 or H = W = 1) counts as contiguous.
-inline Layout layout_of(const Tensor& map) {
-  if (map.is_contiguous()) return Layout::kContiguous;
-  const int64_t order[4] = {1, 3, 2, 0};  // from the fastest dimension to the slowest
-  int64_t expected = 1;
-  for (const int64_t dim : order) {
-    if (map.size(dim) != 1 && map.stride(dim) != expected) return Layout::kOther;
-    expected *= map.size(dim);
-  }
-  return Layout::kChannelsLast;
-}
 
 // row[i] = from[i] for half-precision storage, compiled for several instruction sets (convert.cpp).
 void widen(const BFloat16* from, float* row, int64_t n);
