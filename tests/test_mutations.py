@@ -43,7 +43,7 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
-    shows: str = "AssertionError"
+    shows: str = "E   assert "
 
     @property
     def name(self) -> str:
@@ -56,9 +56,8 @@ def each_barrier(op, file, tests):
     for number, match in enumerate(re.finditer(r"__syncthreads\(\);", source), start=1):
         # Everything before belongs to the text, so that it stands there once.
         old = source[: match.end()]
-        yield Mutant(
-            op, "cuda", f"missing barrier {number} of {Path(file).name}", file, old, old[: -len(match[0])], tests
-        )
+        error = f"missing barrier {number} of {Path(file).name}"
+        yield Mutant(op, "cuda", error, file, old, old.removesuffix(match[0]), tests, "data race")
 
 
 HCL_CPU = ("tests/test_hcl.py", "-k", "test_value_and_gradients and cpu and float32")
@@ -102,7 +101,7 @@ MUTANTS = [
            "misaligned address"),
     Mutant("hcl", "cuda", "unaligned vector, rows", "csrc/cuda/hcl_plan.h",
            "fits = fits && pyramid.columns.edge[j] % width == 0;", "fits = fits && j >= 0;", HCL_CUDA_ASAN,
-           "misaligned address"),
+           "runtime error"),
     *each_barrier("hcl", "csrc/cuda/hcl_kernel.cuh", HCL_CUDA_TSAN),
     *each_barrier("hcl", "csrc/cuda/common/reduce.cuh", HCL_CUDA_TSAN),
 ]  # fmt: skip
