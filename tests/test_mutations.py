@@ -43,7 +43,7 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
-    shows: str = "E   assert "
+    shows: str = "assert "
 
     @property
     def name(self) -> str:
