@@ -33,7 +33,8 @@ TRITON ?= 3.6.0
 OTHER_TRITON = $(VENV)/triton-$(TRITON)
 test-triton: $(STAMP)
 	test -d $(OTHER_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.3'
-	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(BIN)/python -m pytest tests/test_kernels_triton.py tests/gpu_code -k triton --allowed-skips tests/allowed_skips.txt
+	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(BIN)/python -m pytest tests/test_hcl.py tests/test_kernels_triton_hcl.py tests/gpu_code \
+		-k triton --allowed-skips tests/allowed_skips.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -46,9 +46,11 @@ IMPORTS = {
 # What some ops do not have yet. Whoever adds such a file takes its entry away.
 KERNEL_FILES = (
     "csrc/cpu/{}_cpu.cpp",
+    "csrc/cuda/{}_plan.h",
     "csrc/cuda/{}_kernel.cuh",
     "csrc/cuda/{}_cuda.cu",
     "kernels/{}.py",
+    "tests/test_kernels_triton_{}.py",
     "tests/cuda_on_cpu/{}.cpp",
     "tests/cuda_on_cpu/test_cuda_on_cpu_{}.py",
     "tests/gpu_code/{}.py",
@@ -143,7 +145,9 @@ def test_a_finished_op_has_its_kernels_its_gpu_tests_its_mutants_and_its_targets
         backends.BACKENDS
     )
     assert op in test_on_gpu.CALLS
-    assert {mutant.backend for mutant in test_mutations.MUTANTS if mutant.op == op} == set(backends.BACKENDS[1:])
+    for backend, kinds in test_mutations.KINDS.items():
+        planted = [m.error for m in test_mutations.MUTANTS if (m.op, m.backend) == (op, backend)]
+        assert all(any(error.startswith(kind) for error in planted) for kind in kinds), (backend, planted)
     cases = tomllib.loads((ROOT / "bench" / "targets.toml").read_text(encoding="utf-8"))["case"]
     assert {"cpu", "cuda"} <= {case["device"] for case in cases if case["op"] == op}
 

@@ -9,12 +9,12 @@
 // order: results repeat bit for bit.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <numeric>
 #include <tuple>
 #include <vector>
 
+#include "common/hcl_contract.h"
 #include "common/hcl_pyramid.h"
 #include "cpu/common/tensor.h"
 #include "cpu/hcl_loops.h"
@@ -25,9 +25,7 @@ namespace {
 constexpr int64_t kBuffer = 4096;    // elements taken at a time
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
 
-bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-// One stage of the call, checked.
+// One stage of a call that check_hcl has passed.
 struct Stage {
   const Tensor& student;
   const Tensor& teacher;
@@ -40,11 +38,11 @@ struct Stage {
       : student(s),
         teacher(t),
         weight(w),
-        batch(s.dim() == 4 ? s.size(0) : 0),
-        channels(s.dim() == 4 ? s.size(1) : 0),
-        height(s.dim() == 4 ? s.size(2) : 1),
-        width(s.dim() == 4 ? s.size(3) : 1),
-        layout(check(s, t)),
+        batch(s.size(0)),
+        channels(s.size(1)),
+        height(s.size(2)),
+        width(s.size(3)),
+        layout(layout_of(s)),
         pyramid(height, width) {}
 
   int64_t planes() const { return batch * channels; }
@@ -54,39 +52,14 @@ struct Stage {
   double alpha() const {
     return 2 * weight * pyramid.pixel_weight / (static_cast<double>(planes()) * static_cast<double>(plane()));
   }
-
- private:
-  static Layout check(const Tensor& student, const Tensor& teacher) {
-    STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4, "hcl: expected maps [B, C, H, W]");
-    for (int64_t dim = 0; dim < 4; ++dim) {
-      STD_TORCH_CHECK(student.size(dim) == teacher.size(dim) && student.size(dim) > 0,
-                      "hcl: expected non-empty maps of one shape; they differ in dimension ", dim);
-    }
-    for (const Tensor* map : {&student, &teacher}) {
-      const ScalarType type = map->scalar_type();
-      STD_TORCH_CHECK(
-          type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || is_double(*map),
-          "hcl: expected float32, float64, bfloat16 or float16 maps");
-    }
-    const Layout layout = layout_of(student);
-    STD_TORCH_CHECK(layout != Layout::kOther && layout == layout_of(teacher),
-                    "hcl: expected both maps contiguous or both channels-last");
-    return layout;
-  }
 };
 
 std::vector<Stage> stages_of(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
                              const std::vector<double>& weights) {
-  STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size() && students.size() == weights.size(),
-                  "hcl: expected as many teachers and weights as students, and at least one");
+  check_hcl(students, teachers, weights);
   std::vector<Stage> stages;
   stages.reserve(students.size());
-  for (size_t m = 0; m < students.size(); ++m) {
-    STD_TORCH_CHECK(
-        is_double(students[m]) == is_double(students[0]) && is_double(teachers[m]) == is_double(students[0]),
-        "hcl: float64 does not mix with other dtypes");
-    stages.emplace_back(students[m], teachers[m], weights[m]);
-  }
+  for (size_t m = 0; m < students.size(); ++m) stages.emplace_back(students[m], teachers[m], weights[m]);
   return stages;
 }
 
@@ -333,19 +306,10 @@ void backward(const Tensor& grad, const std::vector<Stage>& stages, const std::v
 std::vector<Tensor> hcl_bwd(Tensor grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
                             std::vector<Tensor> tables, std::vector<double> weights) {
   const std::vector<Stage> stages = stages_of(students, teachers, weights);
-  const ScalarType type = is_double(students[0]) ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == type,
-                  "hcl_bwd: expected a scalar grad of the loss's dtype");
-  STD_TORCH_CHECK(tables.size() == stages.size(), "hcl_bwd: expected one table per stage");
+  check_hcl_backward(grad, students, tables, [&](size_t m) { return stages[m].cells(); });
   std::vector<Tensor> gradients;
-  for (size_t m = 0; m < stages.size(); ++m) {
-    const Tensor& table = tables[m];
-    STD_TORCH_CHECK(table.dim() == 3 && table.size(0) == stages[m].batch && table.size(1) == stages[m].cells() &&
-                        table.size(2) == stages[m].channels && table.scalar_type() == type && table.is_contiguous(),
-                    "hcl_bwd: expected the tables that hcl_fwd made");
-    gradients.push_back(torch::stable::empty_like(students[m]));
-  }
-  if (type == ScalarType::Double) {
+  for (const Tensor& student : students) gradients.push_back(torch::stable::empty_like(student));
+  if (is_double(students[0])) {
     backward<double>(grad, stages, tables, gradients);
   } else {
     backward<float>(grad, stages, tables, gradients);

@@ -3,12 +3,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "common/hcl_contract.h"
 #include "cuda/common/stream.h"
 #include "cuda/common/tensor.h"
 #include "cuda/hcl_kernel.cuh"
@@ -17,45 +16,26 @@ namespace transkd {
 namespace hcl {
 namespace {
 
-bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-Maps describe(const Tensor& student, const Tensor& teacher, double weight) {
-  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4, "hcl: expected maps [B, C, H, W]");
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    STD_TORCH_CHECK(student.size(dim) == teacher.size(dim) && student.size(dim) > 0,
-                    "hcl: expected non-empty maps of one shape; they differ in dimension ", dim);
-  }
-  const Layout layout = layout_of(student);
-  STD_TORCH_CHECK(layout != Layout::kOther && layout == layout_of(teacher),
-                  "hcl: expected both maps contiguous or both channels-last");
-  Maps maps{};
-  maps.batch = student.size(0);
-  maps.channels = student.size(1);
-  maps.height = student.size(2);
-  maps.width = student.size(3);
-  maps.channels_last = layout == Layout::kChannelsLast;
-  maps.student_type = storage_type_of("hcl", student);
-  maps.teacher_type = storage_type_of("hcl", teacher);
-  maps.weight = weight;
-  maps.student = student.const_data_ptr();
-  maps.teacher = teacher.const_data_ptr();
-  return maps;
-}
-
 std::vector<Maps> describe(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
                            const std::vector<double>& weights) {
-  STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size() && students.size() == weights.size(),
-                  "hcl: expected as many teachers and weights as students, and at least one");
-  std::vector<Maps> maps;
+  check_hcl(students, teachers, weights);
+  STD_TORCH_CHECK(students[0].is_cuda(), "hcl: expected maps on a CUDA device");
+  std::vector<Maps> stages;
   for (size_t m = 0; m < students.size(); ++m) {
-    for (const Tensor* map : {&students[m], &teachers[m]}) {
-      STD_TORCH_CHECK(map->is_cuda() && map->get_device_index() == students[0].get_device_index(),
-                      "hcl: expected all maps on one CUDA device");
-      STD_TORCH_CHECK(is_double(*map) == is_double(students[0]), "hcl: float64 does not mix with other dtypes");
-    }
-    maps.push_back(describe(students[m], teachers[m], weights[m]));
+    Maps maps{};
+    maps.batch = students[m].size(0);
+    maps.channels = students[m].size(1);
+    maps.height = students[m].size(2);
+    maps.width = students[m].size(3);
+    maps.channels_last = layout_of(students[m]) == Layout::kChannelsLast;
+    maps.student_type = storage_type_of("hcl", students[m]);
+    maps.teacher_type = storage_type_of("hcl", teachers[m]);
+    maps.weight = weights[m];
+    maps.student = students[m].const_data_ptr();
+    maps.teacher = teachers[m].const_data_ptr();
+    stages.push_back(maps);
   }
-  return maps;
+  return stages;
 }
 
 template <class T>
@@ -95,7 +75,7 @@ std::tuple<Tensor, std::vector<Tensor>> hcl_fwd(std::vector<Tensor> students, st
                                                 std::vector<double> weights) {
   std::vector<Maps> maps = describe(students, teachers, weights);
   const torch::stable::accelerator::DeviceGuard guard(students[0].get_device_index());
-  const ScalarType type = is_double(students[0]) ? ScalarType::Double : ScalarType::Float;
+  const ScalarType type = hcl_compute_type(students);
   const auto device = students[0].device();
   Tensor loss = torch::stable::empty({}, type, std::nullopt, device);
   std::vector<Tensor> tables;
@@ -116,29 +96,17 @@ std::tuple<Tensor, std::vector<Tensor>> hcl_fwd(std::vector<Tensor> students, st
 std::vector<Tensor> hcl_bwd(Tensor grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
                             std::vector<Tensor> tables, std::vector<double> weights) {
   std::vector<Maps> maps = describe(students, teachers, weights);
-  const ScalarType type = is_double(students[0]) ? ScalarType::Double : ScalarType::Float;
-  const auto on_device = [&](const Tensor& tensor) {
-    return tensor.is_cuda() && tensor.get_device_index() == students[0].get_device_index();
-  };
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == type && on_device(grad),
-                  "hcl_bwd: expected a scalar grad of the loss's dtype on the maps' device");
-  STD_TORCH_CHECK(tables.size() == maps.size(), "hcl_bwd: expected one table per stage");
+  check_hcl_backward(grad, students, tables, [&](size_t m) { return Pyramid(maps[m].height, maps[m].width).cells(); });
   const torch::stable::accelerator::DeviceGuard guard(students[0].get_device_index());
   std::vector<Tensor> gradients;
   for (size_t m = 0; m < maps.size(); ++m) {
-    const Tensor& table = tables[m];
-    STD_TORCH_CHECK(table.dim() == 3 && table.size(0) == maps[m].batch &&
-                        table.size(1) == Pyramid(maps[m].height, maps[m].width).cells() &&
-                        table.size(2) == maps[m].channels && table.scalar_type() == type && table.is_contiguous() &&
-                        on_device(table),
-                    "hcl_bwd: expected the tables that hcl_fwd made");
     gradients.push_back(torch::stable::empty_like(students[m]));
     // The backward only reads it.
-    maps[m].table = const_cast<void*>(table.const_data_ptr());
+    maps[m].table = const_cast<void*>(tables[m].const_data_ptr());
     maps[m].gradient = gradients.back().mutable_data_ptr();
   }
   const cudaStream_t stream = current_stream(grad);
-  if (type == ScalarType::Double) {
+  if (is_double(students[0])) {
     launch_backward<double>(maps, grad, stream);
   } else {
     launch_backward<float>(maps, grad, stream);

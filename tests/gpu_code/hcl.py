@@ -53,6 +53,10 @@ def _triton():
         wide = {"sum_kernel": Wide(5), "backward_kernel": Wide(5, 2)}
         yield Triton(f"fp32, fp16, bf16-fp32 {name}", partial(_launch, types), wide, archs=(90,))
         odd.append((ODD, "bfloat16", "bfloat16", layout))
+    # Sizes of 1 are constants to Triton, and with them loops and levels fall away.
+    edge = [((1, 1, 1, 1), "contiguous_format"), ((2, 3, 1, 9), "channels_last"), ((2, 3, 9, 1), "contiguous_format")]
+    edge = [(shape, "float32", "float32", layout) for shape, layout in [*edge, ((2, 3, 3, 4), "channels_last")]]
+    yield Triton("edge sizes", partial(_launch, edge), archs=(90,))
     yield Triton("odd sizes, nchw and channels-last", partial(_launch, odd), archs=(90,))
 
 

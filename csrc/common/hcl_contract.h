@@ -1,0 +1,97 @@
+// What the launchers of hcl ask of their arguments, on CPU and CUDA alike. transkd_fast/ops/hcl.py has checked them
+// before; whoever calls the raw ops gets the same errors as from the Triton launchers.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/layout.h"
+
+namespace transkd {
+
+using torch::headeronly::ScalarType;
+
+inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+// "[2, 64, 128, 256]".
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text += (dim ? ", " : "") + std::to_string(tensor.size(dim));
+  return text + "]";
+}
+
+namespace detail {
+
+inline const char* name_of(Layout layout) {
+  return layout == Layout::kContiguous     ? "contiguous"
+         : layout == Layout::kChannelsLast ? "channels-last"
+                                           : "neither (call .contiguous() first)";
+}
+
+inline void check_hcl_stage(const Tensor& student, const Tensor& teacher, bool doubles) {
+  const std::string shapes = ", got " + shape_of(student) + " and " + shape_of(teacher);
+  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 4, "hcl: expected maps [B, C, H, W]", shapes);
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    STD_TORCH_CHECK(student.size(dim) == teacher.size(dim),
+                    "hcl: expected maps of one shape; they differ in dimension ", dim, shapes);
+  }
+  STD_TORCH_CHECK(student.numel() > 0, "hcl: expected maps with at least one element", shapes);
+  for (const Tensor* map : {&student, &teacher}) {
+    const ScalarType type = map->scalar_type();
+    STD_TORCH_CHECK(
+        type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || is_double(*map),
+        "hcl: expected float32, float64, bfloat16 or float16 maps; convert them with .float()");
+    STD_TORCH_CHECK(is_double(*map) == doubles,
+                    "hcl: float64 does not mix with other dtypes, got maps of both; convert them to one of them");
+    STD_TORCH_CHECK(map->device() == student.device(), "hcl: expected all maps on one device");
+  }
+  const Layout layout = layout_of(student), other = layout_of(teacher);
+  STD_TORCH_CHECK(layout != Layout::kOther && layout == other,
+                  "hcl: expected both maps contiguous or both channels-last, got a student that is ", name_of(layout),
+                  " and a teacher that is ", name_of(other));
+}
+
+}  // namespace detail
+
+// The type of computing: the type of loss, tables and upstream gradient.
+inline ScalarType hcl_compute_type(const std::vector<Tensor>& students) {
+  return is_double(students[0]) ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_hcl(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+                      const std::vector<double>& weights) {
+  STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size() && students.size() == weights.size(),
+                  "hcl: expected as many teachers and weights as students, and at least one, got ", students.size(),
+                  " students, ", teachers.size(), " teachers and ", weights.size(), " weights");
+  for (size_t m = 0; m < students.size(); ++m) {
+    STD_TORCH_CHECK(students[m].device() == students[0].device(), "hcl: expected all maps on one device");
+    detail::check_hcl_stage(students[m], teachers[m], is_double(students[0]));
+  }
+}
+
+// After check_hcl; cells is called with a stage's number and gives the number of cells of its plane.
+template <class Cells>
+void check_hcl_backward(const Tensor& grad, const std::vector<Tensor>& students, const std::vector<Tensor>& tables,
+                        Cells cells) {
+  const ScalarType type = hcl_compute_type(students);
+  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == type && grad.device() == students[0].device(),
+                  "hcl_bwd: expected a scalar grad of the loss's dtype on the maps' device, got shape ",
+                  shape_of(grad));
+  STD_TORCH_CHECK(tables.size() == students.size(), "hcl_bwd: expected one table per stage, got ", tables.size(),
+                  " for ", students.size());
+  for (size_t m = 0; m < students.size(); ++m) {
+    const Tensor &table = tables[m], &student = students[m];
+    STD_TORCH_CHECK(table.dim() == 3 && table.size(0) == student.size(0) && table.size(1) == cells(m) &&
+                        table.size(2) == student.size(1) && table.scalar_type() == type && table.is_contiguous() &&
+                        table.device() == student.device(),
+                    "hcl_bwd: expected the tables that hcl_fwd made, contiguous, here of shape [", student.size(0),
+                    ", ", cells(m), ", ", student.size(1), "], got ", shape_of(table));
+  }
+}
+
+}  // namespace transkd
