@@ -17,8 +17,6 @@ from transkd_fast.train.build import DistillationTask
 from transkd_fast.train.checkpoint import load_checkpoint
 from transkd_fast.train.verify import Row, _difference, verify
 
-STAGES = 4
-
 
 @pytest.fixture(autouse=True)
 def tiny_networks(monkeypatch):
@@ -31,7 +29,7 @@ def report_of(tmp_path, **settings):
 
 
 def change_kernel(monkeypatch, name, change, calls=None):
-    """Passes the first result of hcl's compiled `name` through `change`; `calls` limits it to those, from 1."""
+    """Passes the loss or the gradients that hcl's compiled `name` gives through `change`; `calls` counts from 1."""
     kernel, count = getattr(torch.ops.transkd_fast, name), []
 
     def changed(*arguments):
@@ -39,7 +37,7 @@ def change_kernel(monkeypatch, name, change, calls=None):
         count.append(None)
         if calls is not None and len(count) not in calls:
             return result
-        return (change(result[0]), *result[1:]) if isinstance(result, tuple) else change(result)
+        return [change(gradient) for gradient in result] if name == "hcl_bwd" else (change(result[0]), *result[1:])
 
     monkeypatch.setattr(torch.ops.transkd_fast, name, changed)
     return count
@@ -52,8 +50,8 @@ def test_right_kernels_agree(networks, precision, tmp_path):
     assert [(row.name, row.difference, row.bound) for row in report.disagreements] == []
     assert (report.exit_code, report.precision) == (0, precision)
     assert report.verdict == f"agree ({len(report.rows)} tensors)"
-    assert report.runs["hcl", "cpu"] == 2 * STAGES and ("hcl", "eager") not in report.runs
-    assert report.fused_runs >= 2 * STAGES
+    assert report.runs["hcl", "cpu"] == 2 and ("hcl", "eager") not in report.runs
+    assert report.fused_runs >= 2
     for measured in (report.checked, report.eager):
         assert measured.images_per_second > 0 and measured.peak_bytes > 2**10
 
@@ -87,7 +85,7 @@ def test_no_compiled_extension_is_exit_2(tmp_path, monkeypatch):
 def test_a_gradient_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
     calls = change_kernel(monkeypatch, "hcl_bwd", lambda gradient: 1.01 * gradient)
     report = report_of(tmp_path)
-    assert len(calls) >= STAGES
+    assert len(calls) >= 1
     assert report.exit_code == 1 and report.verdict.startswith("DISAGREE")
     wrong = {row.name for row in report.disagreements}
     assert all(name.startswith("grad/") for name in wrong)
@@ -99,7 +97,7 @@ def test_a_gradient_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
 def test_a_loss_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
     calls = change_kernel(monkeypatch, "hcl_fwd", lambda loss: 1.01 * loss)
     report = report_of(tmp_path)
-    assert len(calls) >= STAGES
+    assert len(calls) >= 1
     assert report.exit_code == 1
     assert [row.name for row in report.disagreements] == ["loss/hcl"]
     assert report.disagreements[0].difference == pytest.approx(0.01, rel=1e-2)
@@ -115,7 +113,7 @@ def test_rounding_is_no_disagreement(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_what_is_not_finite_in_one_batch_disagrees(name, value, batch, tmp_path, monkeypatch):
-    change_kernel(monkeypatch, name, lambda right: right * value, calls={batch * STAGES + 1})
+    change_kernel(monkeypatch, name, lambda right: right * value, calls={batch + 1})
     report = report_of(tmp_path, verify__batches=2)
     assert report.exit_code == 1
     assert not any(math.isfinite(row.difference) for row in report.disagreements)
