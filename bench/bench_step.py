@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness.cases import DEVICES, Case, Problem, difference_of
+from harness.precision import full_fp32
 from torch import Tensor, nn
 
 from transkd_fast import backends, functional, models
@@ -101,6 +102,7 @@ def step_case(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@full_fp32()
 def test_step(device, measure):
     torch.manual_seed(0)
     teacher = models.segformer_b2().to(device)

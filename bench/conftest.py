@@ -76,8 +76,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if rows:
         terminalreporter.section("benches")
         terminalreporter.write_line(report(rows))
-        if not config.option.benchmark_disable:  # one cold round is no measurement to keep
-            write(rows, out)
     if verdicts:
         terminalreporter.section("targets")
         for verdict in verdicts:
@@ -111,6 +109,8 @@ def measure(request, benchmark, malloc) -> Callable[[Sequence[Case], int, int], 
         rows = measure_cases(benchmark, cases, request.config.getoption("--rounds") or rounds, warmup, malloc)
         benchmark.extra_info["rows"] = [row.as_dict() for row in rows]
         request.config.stash[ROWS].extend(rows)
+        if not request.config.option.benchmark_disable:  # one cold round is no measurement to keep
+            write(rows, request.config.getoption("--out"))  # now: a later case may take the process down
         wrong = [f"{row.backend}: {row.error}" for row in rows if row.error is not None]
         assert not wrong, "; ".join(wrong)
 

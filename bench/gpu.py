@@ -24,12 +24,12 @@ from typing import Any, NoReturn
 from gpu_run import carry, keep, machine, place, report
 from gpu_run.machine import Machine
 from gpu_run.runner import LOG, Failed, Run, Step
-from gpu_run.steps import MINUTES, STEPS
+from gpu_run.steps import JUNIT, MINUTES, STEPS
 from harness import rows
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(".gpu", "out")
-RESULTS = (report.NAME, LOG, "rows.json", "rows.csv", "junit.xml", "verdicts.json")
+RESULTS = (report.NAME, LOG, "rows.json", "rows.csv", *JUNIT, "verdicts.json")
 KERNEL_SOURCES = ("csrc/**/*", "kernels/*.py", "transkd_fast/ops/*.py")
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 

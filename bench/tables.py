@@ -32,7 +32,11 @@ OPS = {
 }
 KERNEL_FILE = {"cpu": "csrc/cpu/{}_cpu.cpp", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}_cuda.cu"}
 # Without a result from a GPU: what tests a kernel on CPU, and what it shows.
-TESTED_BY = {"cpu": "tests/test_{}.py", "triton": "tests/test_kernels_triton.py", "cuda": "tests/cuda_on_cpu/{}.cpp"}
+TESTED_BY = {
+    "cpu": "tests/test_{}.py",
+    "triton": "tests/test_kernels_triton_{}.py",
+    "cuda": "tests/cuda_on_cpu/{}.cpp",
+}
 WITHOUT_GPU = {
     "cpu": "tested on CPU",
     "triton": "interpreter only, not yet run on a GPU",

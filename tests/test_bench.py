@@ -3,6 +3,7 @@
 import csv
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,6 +310,22 @@ def test_rows_come_back_as_written_and_an_equal_key_replaces(tmp_path):
     assert {"forward_p20_ms", "backward_copy_share", "total_gemm_share", "forward_launches", "driver"} <= set(lines[0])
 
 
+def test_rows_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    rows.write([row(ms=1.0)], tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["rows.csv", "rows.json"]
+
+    def killed(path, text):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rows.write([row(ms=2.0, sources="0123")], tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
 @pytest.mark.parametrize("name", ["op", "backend", "shape", "dtype", "layout", "device", "torch", "triton", "sources"])
 def test_rows_are_keyed_by_what_their_times_depend_on(name):
     assert replace(row(), **{name: "other"}).key != row().key
@@ -338,9 +355,61 @@ def test_a_digest_depends_on_names_and_contents(tmp_path):
         rows.digest(["*.none"], tmp_path)
 
 
+@pytest.mark.parametrize("backend", rows.KERNELS)
+def test_a_kernels_sources_hold_what_all_ops_share_and_the_flags_it_is_compiled_with(backend):
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in rows.sources_of("hcl", backend, "cpu" if backend == "cpu" else "cuda")
+        for path in ROOT.glob(pattern)
+    }
+    shared = {path.relative_to(ROOT).as_posix() for path in (ROOT / "transkd_fast" / "ops").glob("_*.py")}
+    assert {"transkd_fast/ops/_checks.py", "transkd_fast/ops/_autograd.py"} <= shared <= files
+    assert ("setup.py" in files) == (backend != "triton")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_steps_sources_hold_the_flags_its_kernels_are_compiled_with(device):
+    assert "setup.py" in rows.sources_of("step b2-b0", "ours", device)
+
+
 @pytest.mark.parametrize(("backend", "folder"), [("cpu", "cpu"), ("cuda", "cuda")])
 def test_a_kernels_sources_hold_its_own_folder_and_what_is_shared(backend, folder):
     patterns = rows.sources_of("hcl", backend, folder)
     files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     assert {"csrc/common/hcl_pyramid.h", "transkd_fast/ops/hcl.py"} <= files
     assert any(name.startswith(f"csrc/{folder}/hcl") for name in files)
+
+
+# The step
+
+
+def test_both_sides_of_the_step_compute_in_full_fp32(monkeypatch):
+    import bench_step
+
+    def settings():
+        return [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.enabled]
+
+    seen = []
+
+    def watched(losses, model, images, labels):
+        seen.append(settings())
+        return computed(losses, model, images, labels)
+
+    computed = bench_step.losses_and_gradient
+    monkeypatch.setattr(bench_step, "losses_and_gradient", watched)
+    monkeypatch.setattr(bench_step, "HEIGHT", 64)
+    monkeypatch.setattr(bench_step, "WIDTH", 128)
+    monkeypatch.setattr(bench_step.models, "segformer_b2", bench_step.models.segformer_b0)
+
+    def measure_cases(these, rounds, warmup):
+        for case in these:
+            assert case.check() is None
+            seen.append(settings())
+
+    torch.backends.cuda.matmul.allow_tf32 = True  # monkeypatch would delete it, which this module does not allow
+    try:
+        bench_step.test_step("cpu", measure_cases)
+        assert settings() == [True, True, True]  # as before
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert seen == [[False, False, True]] * 5

@@ -32,11 +32,14 @@ def test_a_kernel_ran_on_a_gpu_only_if_rows_say_so():
 
 
 def test_a_kernel_is_called_tested_only_with_its_test(tmp_path):
-    for name in ("kernels/hcl.py", "csrc/cuda/hcl_cuda.cu", "tests/test_kernels_triton.py"):
+    for name in ("kernels/hcl.py", "csrc/cuda/hcl_cuda.cu", "tests/test_kernels_triton_hcl.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     line = next(line for line in tables.status_table([], tmp_path).splitlines() if line.startswith("| `hcl`"))
     assert line.split(" | ")[3:] == ["", "interpreter only, not yet run on a GPU", "not yet run |"]
+    (tmp_path / "kernels" / "csf.py").touch()
+    line = next(line for line in tables.status_table([], tmp_path).splitlines() if line.startswith("| `csf`"))
+    assert line.split(" | ")[4] == "not yet run"  # another op's test says nothing of it
 
 
 def test_speed_table_shows_ratios_and_marks_old_rows():

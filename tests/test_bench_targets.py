@@ -141,6 +141,46 @@ def test_committed_targets_name_cases_that_the_benches_have():
         assert {(promised.size, batch) for batch in promised.batch} <= set(bench.CASES[promised.device]), promised
 
 
+def test_judged_cases_run_first_on_a_gpu():
+    import bench_hcl
+
+    order = [parameter.values for parameter in bench_hcl.parameters(["cuda"])]
+    assert order[:4] == [
+        ("cuda", size, 8, layout) for size in ("stages 1-4", "stage 1") for layout in bench_hcl.LAYOUTS
+    ]
+    promised = [target for target in targets.load() if target.op == "hcl" and target.device == "cuda"]
+    judged = [
+        any(t.size == size and batch in t.batch and layout in t.layout for t in promised)
+        for _, size, batch, layout in order
+    ]
+    assert judged == sorted(judged, reverse=True) and judged[0]
+
+
+def test_graphs_of_all_gpu_cases_are_compiled_without_a_reset():
+    import bench_hcl
+
+    # One may be left over from the CPU's cases.
+    assert len(bench_hcl.parameters(["cuda"])) < torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compiled_graphs_are_dropped_only_where_there_are_too_many(device, monkeypatch):
+    import bench_hcl
+
+    class Enough(Exception):
+        pass
+
+    def enough(device):
+        raise Enough
+
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(device))
+    monkeypatch.setattr(torch, "Generator", enough)
+    with pytest.raises(Enough):
+        bench_hcl.test_hcl(device, "stage 1", 8, "nchw", "bf16", None)
+    assert resets == ([device] if device == "cpu" else [])
+
+
 def test_every_op_with_a_bench_has_targets_for_each_of_its_kernels():
     promised = {(t.op, backend) for t in targets.load() for backend in t.backend}
     for op, states in backends.table().items():
@@ -175,6 +215,11 @@ def test_fake(measure):
         rounds=2,
         warmup=0,
     )
+"""
+CRASH = """
+def test_that_takes_the_process_down():
+    import os
+    os._exit(3)
 """
 FAKE_TARGETS = """
 [[case]]
@@ -222,9 +267,9 @@ def run_bench(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCH))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
-    def run(*arguments, bound=0, factor=1.0):
+    def run(*arguments, bound=0, factor=1.0, crash=False):
         shutil.copy(BENCH / "conftest.py", pytester.path)
-        (pytester.path / "bench_fake.py").write_text(FAKE_BENCH.replace("FACTOR", str(factor)))
+        (pytester.path / "bench_fake.py").write_text(FAKE_BENCH.replace("FACTOR", str(factor)) + crash * CRASH)
         (pytester.path / "targets.toml").write_text(FAKE_TARGETS.replace("BOUND", str(bound)))
         return pytester.runpytest_subprocess("--out=out", "--targets=targets.toml", *arguments, "bench_fake.py")
 
@@ -258,6 +303,13 @@ def test_without_check_nothing_is_judged_and_one_cold_round_is_not_kept(run_benc
     result = run_bench("--benchmark-disable", bound=-1)
     assert result.ret == 0 and "MISS" not in result.stdout.str()
     assert not (pytester.path / "out" / "rows.json").exists()
+
+
+def test_a_crash_leaves_the_rows_of_finished_comparisons(run_bench, pytester):
+    result = run_bench("--check", crash=True)
+    assert result.ret == 3
+    assert [r.backend for r in rows.read(pytester.path / "out")] == ["eager", "cpu"]
+    assert sorted(path.name for path in (pytester.path / "out").iterdir()) == ["rows.csv", "rows.json"]
 
 
 def test_a_wrong_case_fails_its_bench_and_shows_no_time(run_bench, pytester):

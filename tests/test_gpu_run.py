@@ -16,7 +16,7 @@ import gpu
 from gpu_run import machine, processes, report, runner
 from gpu_run.machine import Machine
 from gpu_run.report import Result
-from gpu_run.runner import Failed, Step, Unavailable
+from gpu_run.runner import Failed, Step, TimedOut, Unavailable
 from harness import rows
 
 # refusals
@@ -195,6 +195,28 @@ except KeyboardInterrupt:
     assert (tmp_path / "partial").read_text() == "half"
 
 
+def test_a_command_is_interrupted_even_if_the_run_ignores_interrupts(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        source = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+        assert run_one(lambda work: work.call(*python(source)).output, tmp_path).reason == "True\n"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_may_get_less_than_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
+
+    def step(work):
+        with pytest.raises(TimedOut):
+            work.call(*python("import time; time.sleep(300)"), seconds=0.5)
+        with pytest.raises(TimedOut):
+            work.call("transkd-no-such-program", seconds=0)
+        return work.call(*python("print('next')")).output
+
+    assert run_one(step, tmp_path).reason == "next\n"
+
+
 def test_steps_get_their_seconds_and_what_earlier_ones_left(tmp_path):
     got = []
 
@@ -271,7 +293,7 @@ def test_a_whole_run_with_other_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(out))
     monkeypatch.setattr(machine, "find_tool", lambda name, environ: None)
     out.mkdir(parents=True)
-    for name in ("rows.json", "junit.xml", "notes"):
+    for name in ("rows.json", "junit-cuda.xml", "notes"):
         (out / name).write_text("old")
     assert gpu.main(["run"], tree, lambda: H200, [Step("good", 9, lambda work: "well")]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "log.txt", "notes"]

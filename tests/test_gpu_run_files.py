@@ -12,8 +12,9 @@ from gpu_runs import HEAD, a_wheel, files_below, run_one
 # isort: split
 import gpu
 from gpu_run import carry, keep, place, report
+from gpu_run.processes import Done
 from gpu_run.report import Result
-from gpu_run.runner import Failed
+from gpu_run.runner import Failed, Work
 from harness import rows
 
 # the environment of the steps
@@ -44,6 +45,19 @@ def test_the_venv_sees_the_packages_of_the_running_python_and_installs_beside_th
     assert result.numbers["carried_wheels"] == ["lacking-1.0-py3-none-any.whl"]
     assert "torch" not in result.numbers["missing_packages"] and "omegaconf" in result.numbers["missing_packages"]
     assert {path for path in files_below(site) if path.suffix != ".pyc"} == set(before)
+
+
+def test_pip_gets_its_seconds_and_environment_and_says_what_failed(tmp_path, monkeypatch):
+    asked = []
+
+    def call(work, *command, **options):
+        asked.append((command[-3:], options))
+        return Done(1, "transkd_fast: no nvcc\n")
+
+    monkeypatch.setattr(Work, "call", call)
+    result = run_one(lambda work: place.pip(work, "install", ".", seconds=7.0, TRANSKD_FAST_CUDA="0"), tmp_path)
+    assert asked == [(("install", "--no-index", "."), {"seconds": 7.0, "TRANSKD_FAST_CUDA": "0"})]
+    assert (result.status, result.reason) == ("failed", "pip install failed: transkd_fast: no nvcc")
 
 
 def test_a_wheel_of_one_platform_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Calls every op forward and backward, on small and awkward sizes, on every GPU backend: what sanitizers watch.
+"""Calls every op forward and backward, on small and awkward sizes, on the GPU backends: what sanitizers watch.
 
 Inputs are made, and results compared with eager fp64, on the CPU: torch's own kernels stay out of the picture, and a
 filter by kernel names, which makes initcheck blind for what other kernels initialised, is not needed.
@@ -6,6 +6,7 @@ filter by kernel names, which makes initcheck blind for what other kernels initi
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from transkd_fast import backends, functional
 
+BACKENDS = ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Sizes that take the 16-byte loads and sizes that cannot.
@@ -61,11 +63,14 @@ def hcl() -> Iterator[Call]:
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {"hcl": hcl}
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(description="Call every op on its GPU backends, and compare with eager fp64.")
+    parser.add_argument("--backend", choices=BACKENDS, help="only this one (default: all)")
+    chosen = parser.parse_args(argv).backend
     torch.manual_seed(0)
     wrong, ran = 0, 0
     for op in backends.table():
-        for backend in ("triton", "cuda"):
+        for backend in [chosen] if chosen else BACKENDS:
             reason = backends.why_not(op, backend)
             if reason is not None:
                 print(f"{op} {backend}: {reason}")
@@ -82,4 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

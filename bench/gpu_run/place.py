@@ -7,6 +7,7 @@ venv. Its folders are named in a .pth file: what is installed here goes into the
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import zipfile
@@ -88,14 +89,16 @@ def install_wheels(work: Work, site: Path) -> None:
     work.numbers["carried_wheels"] = installed
 
 
-def pip(work: Work, command: str, *arguments: str | Path) -> None:
+def pip(work: Work, command: str, *arguments: str | Path, seconds: float = math.inf, **environ: str) -> None:
     """Run the running Python's pip on the venv, without network and without the user's settings.
 
     Raises:
         Failed: with pip's last complaint.
+        TimedOut: if the seconds, or the step's time, were over first.
     """
     options = ["--isolated", "--disable-pip-version-check", "--no-input"]
-    done = work.call(sys.executable, "-m", "pip", "--python", VENV, *options, command, "--no-index", *arguments)
+    words = (sys.executable, "-m", "pip", "--python", VENV, *options, command, "--no-index", *arguments)
+    done = work.call(*words, seconds=seconds, **environ)
     if done.status != 0:
         raise Failed(f"pip {command} failed: {complaint(done.output)}")
 

@@ -55,7 +55,7 @@ def call(command: Sequence[str | Path], cwd: Path, environ: Mapping[str, str], l
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=_prepare,
     )
     try:
         status: int | None = process.wait(seconds)
@@ -69,7 +69,9 @@ def call(command: Sequence[str | Path], cwd: Path, environ: Mapping[str, str], l
     return Done(status, _output(log, start))
 
 
-def _die_with_parent() -> None:
+def _prepare() -> None:
+    # Whoever ignores SIGINT, as nohup does in the background, hands that on, and out of time would only be killed.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # A run that is killed itself must not leave a step on the GPU.
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

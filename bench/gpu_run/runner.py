@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,18 +55,24 @@ class Work:
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def call(self, *command: str | Path, **environ: str) -> Done:
+    def call(self, *command: str | Path, seconds: float = math.inf, **environ: str) -> Done:
         """Run a command to its end.
 
+        Args:
+            command: program and arguments.
+            seconds: what it may take, where that is less than the step's time.
+            environ: what is added to the environment.
+
         Raises:
-            TimedOut: if the step's time was over first.
+            TimedOut: if its time was over first.
         """
+        seconds = min(seconds, self.seconds_left)
         words = " ".join([f"{key}={value}" for key, value in environ.items()] + [str(part) for part in command])
         self.log.write(f"\n$ {words}\n".encode())
         self.log.flush()
-        if self.seconds_left <= 0:
+        if seconds <= 0:
             raise TimedOut
-        done = processes.call(command, self.root, {**self.environ, **environ}, self.log, self.seconds_left)
+        done = processes.call(command, self.root, {**self.environ, **environ}, self.log, seconds)
         if done.status is None:
             raise TimedOut
         return done

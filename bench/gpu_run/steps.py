@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,15 @@ SMI_FIELDS = (
     *("name", "driver_version", "memory.total", "memory.used", "clocks.max.sm", "clocks.max.memory"),
     *("power.limit", "temperature.gpu", "compute_mode", "ecc.mode.current", "mig.mode.current"),
 )
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+CUDA = "CUDA C++ kernels"  # what the build makes where it can; without them there is still Triton
+CPU_BUILD_SECONDS = 40  # what a build without them needs, kept back from the one with them
+JUNIT = ("junit-on_gpu.xml", "junit-cuda.xml", "junit-triton.xml")
+FAILURES_KEPT = 10
+OUT_OF_TIME = "out of time"
+# The first one watches both GPU backends, the others the CUDA C++ kernels only: they are slow, and Triton's compiler
+# places the barriers itself.
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SHORT_BENCH = "stages_1-4-batch_8"
 FRAMES = place.CARRY / "camvid"
 DISTILLED = Path(".gpu", "runs", "distil")
 NOTHING_SELECTED = 5  # pytest's exit status
@@ -54,14 +64,17 @@ def _smi_query() -> list[str]:
 def build(work: Work) -> str | None:
     """Install the tree in editable mode.
 
-    One build with TRANSKD_FAST_CUDA=auto: where the CUDA part does not compile it keeps the first complaint and goes on
-    without, where 1 would stop and cost a second build.
+    First with TRANSKD_FAST_CUDA=auto: where the CUDA part does not compile it keeps the first complaint and goes on
+    without, where 1 would stop. If that comes to no end, once more without the CUDA part, for the Triton kernels' sake.
     """
     nvcc = machine.find_tool("nvcc", work.environ)
-    # A failed build must not leave an older file in its place.
-    for old in (work.root / "transkd_fast").glob("_C*.so"):
-        old.unlink()
-    place.pip(work, "install", "--no-build-isolation", "--no-deps", "--editable", ".")
+    limit, without = work.seconds_left - CPU_BUILD_SECONDS, None
+    try:
+        _install(work, seconds=limit)
+    except (Failed, TimedOut) as reason:
+        without = str(reason) or f"the build did not end in {limit:.0f} s"
+        work.numbers["first_build"] = without
+        _install(work, TRANSKD_FAST_CUDA="0")
     # -I: what counts is the installation, not the folder that the command runs in.
     where = work.call(place.python(work.root), "-I", "-c", "from transkd_fast import kernels; print(kernels.__file__)")
     found = Path(place.last_line(where.output))
@@ -73,6 +86,10 @@ def build(work: Work) -> str | None:
         raise Failed(f"transkd env failed: {place.last_line(asked.output)}")
     report = json.loads(asked.output[asked.output.index("{") : asked.output.rindex("}") + 1])
     work.numbers["transkd_env"] = report
+    if report["build"]["extensions"]["_C_cuda"]["loaded"]:
+        work.ready.add(CUDA)
+    if without is not None:
+        raise Failed(f"went on without the CUDA C++ kernels: {without}")
     if nvcc is None:
         return "no nvcc (CUDA_HOME, CUDA_PATH, /usr/local/cuda, PATH): without the CUDA C++ kernels, Triton only"
     extension = report["build"]["extensions"]["_C_cuda"]
@@ -84,37 +101,83 @@ def build(work: Work) -> str | None:
     return f"_C_cuda for {report['build']['cuda_build']['archs']}"
 
 
+def _install(work: Work, seconds: float = math.inf, **environ: str) -> None:
+    # A failed build must not leave an older file in its place.
+    for old in (work.root / "transkd_fast").glob("_C*.so"):
+        old.unlink()
+    options = ("--no-build-isolation", "--no-deps", "--editable", ".")
+    place.pip(work, "install", *options, seconds=seconds, **environ)
+
+
 def ops_of(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / "transkd_fast" / "ops").glob("[!_]*.py"))
 
 
 def gpu_tests(work: Work) -> str | None:
-    """The ops' tests on the GPU backends."""
-    names = [*(f"test_{op}.py" for op in ops_of(work.root)), "test_kernels_triton.py", "test_on_gpu.py"]
-    files = [Path("tests", name) for name in names if (work.root / "tests" / name).exists()]
-    junit = work.out / "junit.xml"
-    options = ["-k", "cuda or triton or on_gpu", "-q", "--tb=short", "--durations=10", f"--junitxml={junit}"]
+    """The tests that need a GPU, then the ops' tests on each GPU backend.
+
+    Each in a process of its own, which has only a part of the time: after an illegal access or a hang the others still
+    tell what they find.
+    """
+    cuda = CUDA in work.ready
+    ops = ops_of(work.root)
+    calls = {
+        "on_gpu": (0.4, ["test_on_gpu.py"], None if cuda else "triton"),
+        "cuda": (0.6, [f"test_{op}.py" for op in ops], "cuda"),
+        "triton": (1.0, [f"{name}_{op}.py" for name in ("test", "test_kernels_triton") for op in ops], "triton"),
+    }
+    words, complaints = [], []
+    for name, (share, names, selected) in calls.items():
+        if name == "cuda" and not cuda:
+            words.append(f"cuda: not run without the {CUDA}")
+            continue
+        files = [Path("tests", file) for file in names if (work.root / "tests" / file).exists()]
+        numbers = work.numbers[name] = {}
+        complaint = _pytest(work, numbers, work.out / f"junit-{name}.xml", share, files, selected)
+        counts = ", ".join(f"{numbers.get(key, 0)} {key}" for key in ("passed", "failed", "skipped"))
+        words.append(f"{name}: {counts}{'' if complaint is None else f', {complaint}'}")
+        complaints += [] if complaint is None else [complaint]
+    if any(complaint != OUT_OF_TIME for complaint in complaints):
+        raise Failed("; ".join(words))
+    if complaints:
+        raise TimedOut("; ".join(words))
+    return "; ".join(words)
+
+
+def _pytest(
+    work: Work, numbers: dict[str, Any], junit: Path, share: float, files: Sequence[Path], selected: str | None
+) -> str | None:
+    """Run tests within a share of the time that is left; returns what went wrong."""
+    if not files:  # without any pytest would run whatever it finds
+        return "there are no such tests"
+    options = ["-q", "--tb=short", "--durations=10", f"--junitxml={junit}", *(["-k", selected] if selected else [])]
+    command = (place.python(work.root), "-m", "pytest", *files, *options)
     try:
-        done = work.call(place.python(work.root), "-m", "pytest", *files, *options)
-    finally:
-        if junit.exists():
-            work.numbers |= junit_counts(junit)
-    counts = ", ".join(f"{work.numbers.get(key, 0)} {key}" for key in ("passed", "failed", "skipped"))
-    if done.status != 0 or not work.numbers.get("passed"):
-        failures = work.numbers.get("failures") or [place.last_line(done.output)]
-        raise Failed(f"{counts}; first: {failures[0]}")
-    return counts
+        done = work.call(*command, seconds=share * work.seconds_left)
+    except TimedOut:
+        done = None
+    with contextlib.suppress(FileNotFoundError, ET.ParseError):  # pytest was killed before or while it wrote
+        numbers |= junit_counts(junit)
+    if numbers.get("failures"):
+        return f"first: {numbers['failures'][0]}"
+    if done is None:
+        return OUT_OF_TIME
+    if done.status != 0:
+        return f"pytest ended with status {done.status}: {place.last_line(done.output)}"
+    return None if numbers.get("passed") else "not one test ran"
 
 
 def junit_counts(path: Path) -> dict[str, Any]:
-    """Passed, failed and skipped tests of a JUnit file, the failures' names and how often each skip reason came."""
+    """Passed, failed and skipped tests of a JUnit file, the first failures and how often each skip reason came."""
     failures: list[str] = []
     skips: Counter[str] = Counter()
     total = 0
-    for case in ET.parse(path).getroot().iter("testcase"):
+    for case in ET.parse(path).getroot().iterfind(".//testcase[@name]"):  # one that was interrupted has no name
         total += 1
-        if case.find("failure") is not None or case.find("error") is not None:
-            failures.append(f"{case.get('classname')}::{case.get('name')}")
+        bad = next((child for child in case if child.tag in ("failure", "error")), None)
+        if bad is not None:
+            message = (bad.get("message") or "").partition("\n")[0][:200]
+            failures.append(f"{case.get('classname')}::{case.get('name')}: {message}")
         elif (skipped := case.find("skipped")) is not None:
             skips[skipped.get("message") or ""] += 1
     skipped_tests = sum(skips.values())
@@ -122,32 +185,32 @@ def junit_counts(path: Path) -> dict[str, Any]:
         "passed": total - len(failures) - skipped_tests,
         "failed": len(failures),
         "skipped": skipped_tests,
-        "failures": failures,
+        "failures": failures[:FAILURES_KEPT],
         "skip_reasons": dict(skips),
     }
 
 
-def bench_ops(dtype: str) -> Callable[[Work], str | None]:
-    """The ops' benches in one dtype, judged by the targets."""
+def bench_ops(dtype: str, selected: str = "cuda", *options: str) -> Callable[[Work], str | None]:
+    """The ops' benches in one dtype, all that run on a GPU or a selection, judged by the targets."""
 
     def run(work: Work) -> str | None:
         files = [path.relative_to(work.root) for path in sorted((work.root / "bench").glob("bench_*.py"))]
         ops = [path for path in files if path.name != "bench_step.py"]
-        return _bench(work, dtype, *ops, "--dtype", dtype, "--check")
+        return _bench(work, dtype, selected, *ops, "--dtype", dtype, "--check", *options)
 
     return run
 
 
 def bench_step(work: Work) -> str | None:
     """A whole training step beside the published one."""
-    return _bench(work, "fp32", Path("bench", "bench_step.py"))
+    return _bench(work, "fp32", "cuda", Path("bench", "bench_step.py"))
 
 
-def _bench(work: Work, dtype: str, *arguments: str | Path) -> str | None:
+def _bench(work: Work, dtype: str, selected: str, *arguments: str | Path) -> str | None:
     verdicts = work.out / "verdicts.json"
     verdicts.unlink(missing_ok=True)
     try:
-        done = work.call(place.python(work.root), "-m", "pytest", *arguments, "-k", "cuda", "-q", "--out", work.out)
+        done = work.call(place.python(work.root), "-m", "pytest", *arguments, "-k", selected, "-q", "--out", work.out)
     finally:
         if verdicts.exists():
             work.numbers |= verdict_counts(json.loads(verdicts.read_text()), dtype)
@@ -176,15 +239,19 @@ def sanitizers(work: Work) -> str | None:
     tools: dict[str, str] = {}
     work.numbers["tools"] = tools
     for tool in SANITIZERS:
+        if tool != SANITIZERS[0] and CUDA not in work.ready:
+            tools[tool] = f"not run without the {CUDA}"
+            continue
         # Every error is one of a kernel: torch checks what the runtime's functions return by itself. Each tensor gets
         # an allocation of its own, so that a step beyond its end is seen.
         options = ["--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), "--print-limit", "20"]
         options += ["--report-api-errors", "no"] if tool == "memcheck" else []
         try:
-            exercise = (place.python(work.root), "-m", EXERCISE)
+            exercise = [place.python(work.root), "-m", EXERCISE]
+            exercise += [] if tool == SANITIZERS[0] else ["--backend", "cuda"]
             done = work.call(program, *options, *exercise, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         except TimedOut:
-            tools[tool] = "out of time"
+            tools[tool] = OUT_OF_TIME
             break
         tools[tool] = sanitizer_outcome(done.status, done.output)
         if tools[tool].startswith("unavailable"):
@@ -195,7 +262,7 @@ def sanitizers(work: Work) -> str | None:
     first = tools[SANITIZERS[0]]
     if first.startswith("unavailable"):
         raise Unavailable(first.partition(": ")[2])
-    if first == "out of time":
+    if first == OUT_OF_TIME:
         raise TimedOut(f"{SANITIZERS[0]} did not end in its time")
     return words
 
@@ -283,13 +350,13 @@ def distil_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 STEPS = (
     Step("environment", 20, environment),
-    Step("build", 110, build, needs="environment"),
-    Step("GPU tests", 100, gpu_tests, needs=PACKAGE),
-    Step("bench bf16", 65, bench_ops("bf16"), needs=PACKAGE),
-    Step("bench fp32", 50, bench_ops("fp32"), needs=PACKAGE),
-    Step("sanitizers", 60, sanitizers, needs=PACKAGE),
+    Step("build", 150, build, needs="environment"),
+    Step("GPU tests", 120, gpu_tests, needs=PACKAGE),
+    Step("bench bf16", 75, bench_ops("bf16"), needs=PACKAGE),
+    Step("sanitizers", 40, sanitizers, needs=PACKAGE),
     Step("verify fp32", 15, verify("fp32"), needs=PACKAGE),
     Step("verify bf16", 15, verify("bf16"), needs=PACKAGE),
-    Step("bench step", 30, bench_step, needs=PACKAGE),
-    Step("distillation", 45, distil, needs=PACKAGE),
+    Step("bench step", 25, bench_step, needs=PACKAGE),
+    Step("bench fp32", 20, bench_ops("fp32", f"cuda and {SHORT_BENCH}", "--rounds", "20"), needs=PACKAGE),
+    Step("distillation", 30, distil, needs=PACKAGE),
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
@@ -15,24 +17,28 @@ ROOT = Path(__file__).resolve().parents[2]
 MODES = ("forward", "backward", "total")
 KERNELS = ("cpu", "triton", "cuda")
 
+OP_SOURCES = ("transkd_fast/ops/{op}.py", "transkd_fast/ops/_*.py")
+COMPILED_SOURCES = ("csrc/common/*", "setup.py")  # setup.py has the compilers' flags
+
 # Glob patterns of the files whose contents a backend's times depend on.
 SOURCES = {
     "eager": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
     "compiled": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
     "published": ["transkd_fast/reference/legacy.py"],
-    "cpu": ["transkd_fast/ops/{op}.py", "csrc/cpu/{op}*", "csrc/cpu/common/*", "csrc/common/*"],
-    "triton": ["transkd_fast/ops/{op}.py", "kernels/{op}.py", "kernels/_common.py", "kernels/_{op}_plan.py"],
-    "cuda": ["transkd_fast/ops/{op}.py", "csrc/cuda/{op}*", "csrc/cuda/common/*", "csrc/common/*"],
+    "cpu": [*OP_SOURCES, "csrc/cpu/{op}*", "csrc/cpu/common/*", *COMPILED_SOURCES],
+    "triton": [*OP_SOURCES, "kernels/{op}.py", "kernels/_common.py", "kernels/_{op}_plan.py"],
+    "cuda": [*OP_SOURCES, "csrc/cuda/{op}*", "csrc/cuda/common/*", *COMPILED_SOURCES],
 }
 STEP_SOURCES = [
     "bench/bench_step.py",
+    "bench/harness/precision.py",
     "transkd_fast/transkd.py",
     *(f"transkd_fast/{folder}/*.py" for folder in ("models", "nn", "ops", "reference")),
     "transkd_fast/train/build.py",
 ]
 STEP_KERNELS = {
-    "cpu": ["csrc/cpu/**/*", "csrc/common/*"],
-    "cuda": ["csrc/cuda/**/*", "csrc/common/*", "kernels/*.py"],
+    "cpu": ["csrc/cpu/**/*", *COMPILED_SOURCES],
+    "cuda": ["csrc/cuda/**/*", *COMPILED_SOURCES, "kernels/*.py"],
 }
 
 
@@ -174,15 +180,25 @@ def read(folder: Path) -> list[Row]:
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Put rows into rows.json and rows.csv of a folder; a row there with the same key is replaced."""
+    """Put rows into rows.json and rows.csv of a folder; a row there with the same key is replaced.
+
+    Each file is replaced as a whole: whoever stops the program while it writes finds the old one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     by_key = {row.key: asdict(row) for row in [*read(folder), *rows]}
-    (folder / "rows.json").write_text(json.dumps(list(by_key.values()), indent=1) + "\n")
     flat = [_flat(row) for row in by_key.values()]
-    with (folder / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(flat[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    _replace(folder / "rows.csv", table.getvalue())
+    _replace(folder / "rows.json", json.dumps(list(by_key.values()), indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _full_fp32() -> Iterator[None]:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
