@@ -1,4 +1,4 @@
-"""Which kernels of an op the tests of this machine run, and on which device."""
+"""Which kernels of an op the tests of this machine run, on which device, and how many cases each of them can afford."""
 
 from transkd_fast import backends
 
@@ -14,3 +14,10 @@ def interpreted(backend):
 
 def device_of(backend):
     return "cuda" if backend in ("triton", "cuda") and not interpreted(backend) else "cpu"
+
+
+def affordable(backend):
+    """A field of `op_description.Cases`: the interpreter takes a second per call, the compiler part of one per case."""
+    if interpreted(backend):
+        return "few"
+    return "some" if backend == "triton" else "every"
