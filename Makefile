@@ -31,9 +31,11 @@ test: $(STAMP)
 # needs an older numpy too.
 TRITON ?= 3.6.0
 OTHER_TRITON = $(VENV)/triton-$(TRITON)
+TRITON_OPS = $(filter-out _%,$(patsubst kernels/%.py,%,$(wildcard kernels/*.py)))
+TRITON_TESTS = $(foreach op,$(TRITON_OPS),tests/test_$(op).py tests/test_kernels_triton_$(op).py)
 test-triton: $(STAMP)
 	test -d $(OTHER_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.3'
-	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(BIN)/python -m pytest tests/test_hcl.py tests/test_kernels_triton_hcl.py tests/gpu_code \
+	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(BIN)/python -m pytest $(TRITON_TESTS) tests/gpu_code \
 		-k triton --allowed-skips tests/allowed_skips.txt
 
 lint: $(STAMP)
