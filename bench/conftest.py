@@ -1,6 +1,9 @@
-"""Options of `pytest bench/`, the fixture that measures, and what a run ends with: table, rows, verdicts."""
+"""Options of `pytest bench/`, the fixtures that measure, and what a run ends with: table, rows, verdicts."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +32,12 @@ def pytest_addoption(parser):
         "--dtype", choices=list(DTYPES), help="storage dtype of the ops (default: fp32 on CPU, bf16 on CUDA)"
     )
     group.addoption("--out", type=Path, default=OUT, help="folder of rows.json, rows.csv, verdicts.json (bench/out)")
+    group.addoption(
+        "--malloc",
+        choices=["tuned", targets.DEFAULT_MALLOC],
+        default="tuned",
+        help="on CPU keep freed memory, as the trainer does, or leave malloc as it is by default (tuned)",
+    )
     group.addoption("--check", action="store_true", help="judge this run by the targets; a missed one fails it")
     group.addoption("--targets", type=Path, default=targets.TARGETS, help="file of targets (bench/targets.toml)")
 
@@ -90,8 +99,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(scope="session")
-def malloc() -> str:
-    """How freed memory is treated; what the trainer does by default."""
+def malloc(request) -> str:
+    """How freed memory is treated: unless told otherwise, as the trainer does."""
+    if request.config.getoption("--malloc") == targets.DEFAULT_MALLOC:
+        return targets.DEFAULT_MALLOC
     reason = keep_freed_memory()
     return "tuned" if reason is None else f"default ({reason})"
 
@@ -113,5 +124,36 @@ def measure(request, benchmark, malloc) -> Callable[[Sequence[Case], int, int], 
             write(rows, request.config.getoption("--out"))  # now: a later case may take the process down
         wrong = [f"{row.backend}: {row.error}" for row in rows if row.error is not None]
         assert not wrong, "; ".join(wrong)
+
+    return run
+
+
+@pytest.fixture
+def measure_with_default_malloc(request, tmp_path) -> Callable[[str], None]:
+    """Measures one of this file's tests with malloc as it is by default.
+
+    In a process of its own: what this one has told malloc cannot be taken back.
+    """
+
+    def run(test: str) -> None:
+        config = request.config
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{request.path}::{test}"]
+        command += ["--malloc", targets.DEFAULT_MALLOC, "--out", str(tmp_path)]
+        command += [
+            f"{option}={config.getoption(option)}"
+            for option in ("--rounds", "--dtype")
+            if config.getoption(option) is not None
+        ]
+        command += ["--benchmark-disable"] * config.option.benchmark_disable
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+        done = subprocess.run(command, env=environ, cwd=config.rootpath, capture_output=True, text=True)
+        rows = read(tmp_path)
+        config.stash[ROWS].extend(rows)
+        if rows:
+            write(rows, config.getoption("--out"))
+        if done.returncode != 0:
+            pytest.fail(
+                f"pytest ended with status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}", pytrace=False
+            )
 
     return run

@@ -4,42 +4,15 @@ import csv
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from bench_rows import ROOT, row
-from harness import cases, launches, measure, memory, rates, report, rows, timing
+from bench_rows import ROOT, OneRound, problem, row, square_case
+from harness import cases, measure, memory, rates, report, rows
 from harness.rows import Figures
 
 CPU = torch.device("cpu")
-
-
-class OneRound:
-    """Stands in for pytest-benchmark's fixture."""
-
-    def __init__(self):
-        self.extra_info = {}
-
-    def pedantic(self, function, rounds, warmup_rounds):
-        for _ in range(rounds + warmup_rounds):
-            function()
-
-
-def problem(**changes):
-    values = {"op": "hcl", "size": "stages 1-4", "batch": 2, "shape": "2x3", "dtype": "fp32", "layout": "nchw"}
-    return cases.Problem(**{**values, "device": CPU, **changes})
-
-
-def square_case(backend="eager", function=None, **changes):
-    """A case whose truth is sum x^2; `function` computes something else."""
-    x = torch.arange(1.0, 7.0).reshape(2, 3).requires_grad_()
-    upstream = torch.tensor(0.37, dtype=torch.float64)
-    exact = x.detach().double()
-    truth = exact.square().sum(), [2 * 0.37 * exact]
-    function = function or (lambda x: x.square().sum())
-    return cases.gradient_case(problem(**changes), backend, lambda: function(x), [x], [], truth, upstream)
 
 
 def measured(*these, rounds=3):
@@ -100,103 +73,60 @@ def test_upstream_gradient_is_cast_before_the_timed_part():
     assert not {event.name for event in profiler.events()} & {"aten::to", "aten::_to_copy"}
 
 
-# Times
+def map_case(scale=1.0, upstream_scale=1.0, moved=1.0, parameters=1):
+    """A case of a map, weight * x^2, that counts its calls and moves a running value."""
+    x, weight = torch.arange(1.0, 7.0).reshape(2, 3).requires_grad_(), torch.tensor([2.0], requires_grad=True)
+    running, count = torch.tensor([0.5]), torch.tensor(3)
+    upstream = torch.linspace(-1, 2, 6).reshape(2, 3)
+    exact, exact_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    value = exact_weight * exact.square()
+    gradients = torch.autograd.grad(value, [exact, exact_weight], upstream.double())
 
+    def function():
+        running.add_(moved)
+        count.add_(1)
+        return scale * weight * x.square()
 
-def test_every_round_runs_every_case_and_the_order_rotates():
-    calls = []
-
-    def named(name):
-        def function(x):
-            calls.append(name)
-            return x.square().sum()
-
-        return square_case(name, function)
-
-    times = timing.interleaved(OneRound(), [named("a"), named("b"), named("c")], rounds=3, warmup=1)
-    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
-    assert [len(t.total) for t in times] == [3, 3, 3]
-
-
-def test_total_is_forward_plus_backward_per_round():
-    samples = [timing.Sample(1.0, 10.0), timing.Sample(2.0, 30.0)]
-    times = timing._times(samples)
-    assert times.total.tolist() == [11.0, 32.0] and times.wall is None and times.queued is None
-
-
-@pytest.mark.parametrize(("late", "queued"), [(1, True), (2, False)])
-def test_times_that_hold_the_hosts_work_are_marked(late, queued):
-    samples = [timing.Sample(1.0, 1.0, 3.0, i >= late) for i in range(10)]
-    assert timing._times(samples).queued is queued
-
-
-class FakeCuda:
-    """Stands in for torch.cuda: writes down what is queued, and gives events one ms per entry between them."""
-
-    def __init__(self):
-        self.queue = []
-
-    def install(self, monkeypatch, flush):
-        fake = self
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                fake.queue.append("event")
-                self.at = len(fake.queue)
-
-            def query(self):
-                return False
-
-            def elapsed_time(self, other):
-                return float(other.at - self.at - 1)
-
-        class Device:
-            def __init__(self, device):
-                assert device.type == "cuda"
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                return None
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "device", Device)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.queue.append("synchronize"))
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue.append("sleep" if cycles > 0 else "none"))
-        monkeypatch.setattr(timing, "_flush_buffer", lambda device: flush)
-
-
-def test_on_cuda_the_queue_is_filled_and_the_cache_overwritten_before_each_direction(monkeypatch):
-    cuda = FakeCuda()
-    cuda.install(monkeypatch, SimpleNamespace(zero_=lambda: cuda.queue.append("flush")))
-    case = cases.Case(
-        problem(device=torch.device("cuda")),
-        "cuda",
-        lambda: cuda.queue.append("forward"),
-        lambda loss: cuda.queue.extend(["backward"] * 2),
-        lambda: None,
-        [],
-        [],
+    return cases.gradient_case(
+        problem(),
+        "eager",
+        function,
+        [x, weight],
+        [running],
+        (value.detach(), gradients),
+        upstream_scale * upstream,
+        parameters,
+        [(running, torch.tensor([1.5], dtype=torch.float64)), (count, torch.tensor(4))],
     )
-    sample = timing.timed(case, 1e-3)
-    timed_part = ["synchronize", "flush", "sleep", "event", "forward", "event", "flush", "event", *["backward"] * 2]
-    assert cuda.queue == [*timed_part, "event", "synchronize", "forward", *["backward"] * 2, "synchronize"]
-    assert (sample.forward, sample.backward, sample.queued) == (1.0, 2.0, True)
-    assert sample.wall > 0 and sample.issue > 0
 
 
-def test_launches_are_the_activities_on_the_device():
-    def event(device, annotation=False):
-        return SimpleNamespace(device_type=lambda: device, is_user_annotation=lambda: annotation)
+def test_a_map_is_checked_with_its_upstream_gradient_and_with_what_it_changes_from_the_same_start():
+    case = map_case()
+    assert [case.check() for _ in range(2)] == [None, None]
+    assert map_case(upstream_scale=1.01).check() == "gradient 0 is off by 1.0e-02, gradient 1 is off by 1.0e-02"
+    assert map_case(moved=1.1).check() == "changed tensor 0 is off by 6.7e-02"
+    # Between the tolerances of maps and of parameters.
+    assert map_case(scale=1 + 5e-5).check() == "value is off by 5.0e-05, gradient 0 is off by 5.0e-05"
+    assert "gradient 1" in map_case(scale=1 + 5e-5, parameters=0).check()
 
-    on_gpu, on_cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    assert launches.count([event(on_gpu), event(on_cpu), event(on_gpu), event(on_gpu, annotation=True)]) == 2
-    assert launches.count([event(on_cpu)]) is None
-    assert launches.launches(square_case()) == (None, None)
+
+def test_maps_of_another_shape_are_no_match():
+    (wrong,) = measured(square_case(function=lambda x: x.square().sum().expand(3)))
+    assert wrong.error is not None
+    with pytest.raises(ValueError, match=r"expected shape \[2, 3\], got \[3\]"):
+        cases.relative_difference(torch.ones(3), torch.ones(2, 3))
+
+
+def test_a_copy_moves_as_many_bytes_as_the_problem_must_in_each_direction():
+    case = cases.copy_case(problem(least_bytes={"forward": 48, "backward": 80}))
+    (source,), (target,) = case.leaves, case.others
+    assert source.nbytes == target.nbytes == 40
+    case.backward(target.zero_())
+    assert target.sum() == 40
+    target.zero_()
+    assert case.forward().nbytes == 0 and target.sum() == 24 and target[:24].all()
+    row = measured(square_case(least_bytes={"forward": 48, "backward": 80}), case)[1]
+    assert (row.backend, row.error, row.saved_bytes, row.kept_no_grad_bytes) == ("copy", None, 0, 0)
 
 
 # Shares of the copy and GEMM rates

@@ -49,7 +49,19 @@ def test_speed_table_shows_ratios_and_marks_old_rows():
     assert f"{case} 5 ms | 8.0x | 3.0x |  |" in fresh and tables.STALE not in fresh
     old = tables.speed_tables([results(eager, compiled, row("cpu", ms=5.0))], [target()])
     assert rf"{case} 5 ms\* | 8.0x | 3.0x |  |" in old and tables.STALE in old
-    assert tables.speed_tables([results(eager)], [target(size="stage 1")]) == ""
+    assert tables.speed_tables([results(eager)], [target(size=("stage 1",))]) == ""
+
+
+def test_rows_with_default_malloc_stand_under_their_own_title():
+    both = [
+        current(b, ms=ms, malloc=malloc) for malloc in ("tuned", "default") for b, ms in (("eager", 40.0), ("cpu", 5.0))
+    ]
+    table = tables.speed_tables([results(*both)], [target(), target(malloc="default")])
+    titles = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| `hcl`")]
+    assert titles == [
+        "`hcl`, stages 1-4, batch 2, fp32, nchw",
+        "`hcl`, stages 1-4, batch 2, fp32, nchw, default malloc",
+    ]
 
 
 def test_target_table_takes_the_worst_case_of_each_device():

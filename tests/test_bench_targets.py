@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,35 @@ def test_a_measure_reads_its_own_figure(measure_name, figure):
     assert judged(target(measure=measure_name, against="", at_least=0.8), row(**figure)) == [("PASS", 0.9, "")]
 
 
+def test_speed_by_the_clock_and_as_a_graph_are_measures_of_their_own():
+    eager, ours = row("eager", wall_ms=6.0, graph_ms=2.0), row(wall_ms=2.0, graph_ms=1.0)
+    assert judged(target(measure="speedup_wall", at_least=3), eager, ours) == [("PASS", 3.0, "")]
+    assert judged(target(measure="speedup_graph", at_least=3), eager, ours) == [("MISS", 2.0, "")]
+    # One of them could not be captured.
+    assert judged(target(measure="speedup_graph"), row("eager"), ours) == [("NOT RUN", None, "eager has no time")]
+    unmeasured = ("NOT RUN", None, "speedup_graph could not be measured")
+    assert judged(target(measure="speedup_graph"), eager, row()) == [unmeasured]
+
+
+def test_a_share_of_a_copys_speed_is_judged_and_written_in_hundredths():
+    promised = target(against="copy", at_least=0.8)
+    (verdict,) = targets.judge(promised, [row("eager", 9.0), row(ms=1.3), row("copy", 1.0)], lambda single: "why")
+    assert str(verdict).endswith("forward + backward >= 0.80x a copy of as many bytes: 0.77x, 3 rounds")
+    assert verdict.verdict == "MISS"
+
+
+def test_rows_with_default_malloc_are_judged_by_their_own_targets_only():
+    tuned = [row("eager", 10.0, malloc="tuned"), row(ms=5.0, malloc="tuned")]
+    default = [row("eager", 30.0, malloc="default"), row(ms=5.0, malloc="default")]
+    promised = target(malloc="default")
+    assert judged(promised, *tuned, *default) == [("PASS", 6.0, "")]
+    assert judged(target(), *default, *tuned) == [("MISS", 2.0, "")]
+    assert judged(promised, *tuned) == [("NOT RUN", None, "why")]
+    assert promised.case == "hcl cpu, stages 1-4, batch 2, fp32, nchw, default malloc"
+    # Where freed memory could not be kept the row says why; it is judged like one where it was.
+    assert judged(target(), *(replace(r, malloc="default (needs glibc)") for r in tuned)) == [("MISS", 2.0, "")]
+
+
 def test_a_target_with_lists_holds_for_each_value():
     promised = target(backend=("cpu", "cuda"), layout=("nchw", "channels_last"))
     assert [verdict for verdict, *_ in judged(promised, row("eager", 10.0), row())] == ["PASS", *["NOT RUN"] * 3]
@@ -115,6 +145,11 @@ source = "here"
         ('size = "s"', 'size = "s"\nsizes = 1', r"unknown \['sizes'\]"),
         ("launches_forward", "launches", "measure: expected one of .* got 'launches'"),
         ('device = "cpu"', 'device = "gpu"', "device: expected one of"),
+        (
+            'device = "cpu"',
+            'device = "cpu"\nmalloc = "tuned"',
+            r"malloc: expected one of \['', 'default'\], got 'tuned'",
+        ),
         ('backend = "cpu"', 'backend = "eager"', "backend: expected some of"),
         ("at_most = 2", "", "expected one of at_least and at_most, got none"),
         ("at_most = 2", "at_most = 2\nat_least = 1", "expected one of at_least and at_most, got both"),
@@ -131,76 +166,13 @@ def test_a_bad_target_is_named(tmp_path, old, new, message):
         targets.load(path)
 
 
-def test_committed_targets_name_cases_that_the_benches_have():
-    import bench_hcl
-
-    benches = {"hcl": bench_hcl}
-    for promised in targets.load():
-        bench = benches[promised.op]
-        assert set(promised.layout) <= set(bench.LAYOUTS)
-        assert {(promised.size, batch) for batch in promised.batch} <= set(bench.CASES[promised.device]), promised
-
-
-def test_judged_cases_run_first_on_a_gpu():
-    import bench_hcl
-
-    order = [parameter.values for parameter in bench_hcl.parameters(["cuda"])]
-    assert order[:4] == [
-        ("cuda", size, 8, layout) for size in ("stages 1-4", "stage 1") for layout in bench_hcl.LAYOUTS
-    ]
-    promised = [target for target in targets.load() if target.op == "hcl" and target.device == "cuda"]
-    judged = [
-        any(t.size == size and batch in t.batch and layout in t.layout for t in promised)
-        for _, size, batch, layout in order
-    ]
-    assert judged == sorted(judged, reverse=True) and judged[0]
-
-
-def test_graphs_of_all_gpu_cases_are_compiled_without_a_reset():
-    import bench_hcl
-
-    # One may be left over from the CPU's cases.
-    assert len(bench_hcl.parameters(["cuda"])) < torch._dynamo.config.recompile_limit
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_compiled_graphs_are_dropped_only_where_there_are_too_many(device, monkeypatch):
-    import bench_hcl
-
-    class Enough(Exception):
-        pass
-
-    def enough(device):
-        raise Enough
-
-    resets = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(device))
-    monkeypatch.setattr(torch, "Generator", enough)
-    with pytest.raises(Enough):
-        bench_hcl.test_hcl(device, "stage 1", 8, "nchw", "bf16", None)
-    assert resets == ([device] if device == "cpu" else [])
-
-
-def test_every_op_with_a_bench_has_targets_for_each_of_its_kernels():
-    promised = {(t.op, backend) for t in targets.load() for backend in t.backend}
-    for op, states in backends.table().items():
-        if (BENCH / f"bench_{op}.py").exists():
-            kernels = {name for name in rows.KERNELS if states[name] != "no kernel for this op yet"}
-            assert {(op, name) for name in kernels} <= promised, f"{op}: add targets to bench/targets.toml"
-
-
 FAKE_BENCH = """
-import pytest
 import torch
 from harness import rates, rows
 from harness.cases import Problem, gradient_case
 
 rows.SOURCES = {backend: ["README.md"] for backend in rows.SOURCES}
 rates.copy_rate, rates.gemm_rate = lambda device: 1e9, lambda device, dtype: 1e9
-
-@pytest.fixture(scope="session")
-def malloc():
-    return "default"
 
 def test_fake(measure):
     x = torch.ones(4, requires_grad=True)
@@ -220,6 +192,13 @@ CRASH = """
 def test_that_takes_the_process_down():
     import os
     os._exit(3)
+"""
+ELSEWHERE = """
+import os, sys
+assert ("MALLOC_MMAP_MAX_" in os.environ) != ("--malloc" in sys.argv)
+
+def test_elsewhere(measure_with_default_malloc):
+    measure_with_default_malloc("test_fake")
 """
 FAKE_TARGETS = """
 [[case]]
@@ -267,9 +246,9 @@ def run_bench(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCH))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
-    def run(*arguments, bound=0, factor=1.0, crash=False):
+    def run(*arguments, bound=0, factor=1.0, more=""):
         shutil.copy(BENCH / "conftest.py", pytester.path)
-        (pytester.path / "bench_fake.py").write_text(FAKE_BENCH.replace("FACTOR", str(factor)) + crash * CRASH)
+        (pytester.path / "bench_fake.py").write_text(FAKE_BENCH.replace("FACTOR", str(factor)) + more)
         (pytester.path / "targets.toml").write_text(FAKE_TARGETS.replace("BOUND", str(bound)))
         return pytester.runpytest_subprocess("--out=out", "--targets=targets.toml", *arguments, "bench_fake.py")
 
@@ -306,7 +285,7 @@ def test_without_check_nothing_is_judged_and_one_cold_round_is_not_kept(run_benc
 
 
 def test_a_crash_leaves_the_rows_of_finished_comparisons(run_bench, pytester):
-    result = run_bench("--check", crash=True)
+    result = run_bench("--check", more=CRASH)
     assert result.ret == 3
     assert [r.backend for r in rows.read(pytester.path / "out")] == ["eager", "cpu"]
     assert sorted(path.name for path in (pytester.path / "out").iterdir()) == ["rows.csv", "rows.json"]
@@ -320,6 +299,22 @@ def test_a_wrong_case_fails_its_bench_and_shows_no_time(run_bench, pytester):
     result.stdout.fnmatch_lines(["MISS    fake cpu*wrong result: value is off by 5.0e-01*"])
     wrong = rows.read(pytester.path / "out")[1]
     assert wrong.backend == "cpu" and wrong.total.p50_ms is None
+
+
+def test_a_bench_with_default_malloc_runs_in_a_process_of_its_own(run_bench, pytester, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    result = run_bench("--check", "--rounds=3", "-k", "elsewhere", factor=1.5, more=ELSEWHERE)
+    result.assert_outcomes(failed=1)
+    eager, wrong = rows.read(pytester.path / "out")
+    assert (eager.malloc, wrong.malloc, eager.rounds, eager.error) == ("default", "default", 3, None)
+    # It is shown here too, and this target speaks of rows with freed memory kept.
+    result.stdout.fnmatch_lines(
+        [
+            "*pytest ended with status 1*",
+            f"*cpu       WRONG, no time: {wrong.error}",
+            "NOT RUN fake cpu*case not selected",
+        ]
+    )
 
 
 @pytest.fixture

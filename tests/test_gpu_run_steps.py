@@ -1,7 +1,9 @@
 """`make gpu` without a GPU: what its steps do, and what they read off the programs they run."""
 
+import importlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from gpu_runs import ROOT, a_run, python
@@ -60,6 +62,30 @@ def test_the_exercise_sees_a_wrong_kernel(monkeypatch, capsys):
     assert exercise.main(["--backend", "cuda"]) == 1
     only = capsys.readouterr().out
     assert "hcl cuda: no\n" in only and "triton" not in only
+
+
+@pytest.mark.parametrize("wrong", [None, *range(18)])
+def test_the_exercise_compares_maps_all_gradients_and_what_is_updated_in_place(wrong):
+    call = next(exercise.csf())
+    assert call.leaves == 11 and call.changed == 6
+    right = call.function
+    before = [tensor.clone() for tensor in call.inputs]
+
+    def function(inputs, backend):
+        result = right(inputs, "eager")
+        if wrong is not None and inputs[0].dtype == exercise.torch.float32:
+            if wrong < 6:
+                inputs[wrong - 6].data.add_(1)
+            elif wrong < 17:
+                inputs[wrong - 6].register_hook(lambda gradient: 1.01 * gradient)
+            else:
+                result = result + 0.1
+        return result
+
+    difference = replace(call, function=function).difference("cpu", "cpu")
+    assert (difference > 5e-3) == (wrong is not None)
+    assert (difference < call.tolerance) == (wrong is None)
+    assert all(exercise.torch.equal(*pair) for pair in zip(call.inputs, before, strict=True))
 
 
 def test_configurations_of_the_steps_are_valid():
@@ -236,11 +262,15 @@ def test_the_gpu_tests_that_are_named_exist():
     assert len(names) > 1 and [name for name in names if not (ROOT / "tests" / name).exists()] == []
 
 
-def test_the_short_bench_is_one_that_exists():
-    import bench_hcl
-
-    chosen = [p.id for p in bench_hcl.parameters(["cuda"]) if steps.SHORT_BENCH in p.id]
-    assert chosen == [f"cuda-stages_1-4-batch_8-{layout}" for layout in bench_hcl.LAYOUTS]
+def test_the_short_bench_has_one_case_of_every_op_and_both_layouts():
+    benches = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} - {"step"}
+    assert set(steps.SHORT_BENCH) == benches
+    for op, case in steps.SHORT_BENCH.items():
+        bench = importlib.import_module(f"bench_{op}")
+        chosen = [p.id for p in bench.parameters(["cuda"]) if case in p.id]
+        assert chosen == [f"cuda-{case}-{layout}" for layout in bench.LAYOUTS]
+    words = "cuda and ((csf and stage_1-batch_8) or (hcl and stages_1-4-batch_8))"
+    assert steps.short_bench() == words
 
 
 def test_benches_in_fp32_are_few_and_short(tmp_path, monkeypatch):
@@ -258,7 +288,7 @@ def test_benches_in_fp32_are_few_and_short(tmp_path, monkeypatch):
         (True, True, False),
         (False, False, True),
     ]
-    assert f"-k cuda and {steps.SHORT_BENCH} -q" in asked[1]
+    assert f"-k {steps.short_bench()} -q" in asked[1]
 
 
 def test_verdicts_are_counted():

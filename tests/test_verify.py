@@ -29,7 +29,7 @@ def report_of(tmp_path, **settings):
 
 
 def change_kernel(monkeypatch, name, change, calls=None):
-    """Passes the loss or the gradients that hcl's compiled `name` gives through `change`; `calls` counts from 1."""
+    """Passes the result or the gradients that an op's compiled `name` gives through `change`; `calls` counts from 1."""
     kernel, count = getattr(torch.ops.transkd_fast, name), []
 
     def changed(*arguments):
@@ -37,7 +37,7 @@ def change_kernel(monkeypatch, name, change, calls=None):
         count.append(None)
         if calls is not None and len(count) not in calls:
             return result
-        return [change(gradient) for gradient in result] if name == "hcl_bwd" else (change(result[0]), *result[1:])
+        return (change(result[0]), *result[1:]) if isinstance(result, tuple) else [change(each) for each in result]
 
     monkeypatch.setattr(torch.ops.transkd_fast, name, changed)
     return count
@@ -50,8 +50,9 @@ def test_right_kernels_agree(networks, precision, tmp_path):
     assert [(row.name, row.difference, row.bound) for row in report.disagreements] == []
     assert (report.exit_code, report.precision) == (0, precision)
     assert report.verdict == f"agree ({len(report.rows)} tensors)"
-    assert report.runs["hcl", "cpu"] == 2 and ("hcl", "eager") not in report.runs
-    assert report.fused_runs >= 2
+    assert report.runs["hcl", "cpu"] == 2 and report.runs["csf", "cpu"] == 2 * 3
+    assert not {("hcl", "eager"), ("csf", "eager")} & set(report.runs)
+    assert report.fused_runs >= 8
     for measured in (report.checked, report.eager):
         assert measured.images_per_second > 0 and measured.peak_bytes > 2**10
 
@@ -62,7 +63,7 @@ def test_every_term_and_every_trained_tensor_is_compared(variant, tmp_path):
     student, teacher = tiny_run.TinyNet(10), tiny_run.TinyTeacher(10)
     model = build.build_transkd(config, student, teacher)
     names = [f"grad/{name}" for name, _ in model.named_parameters()]
-    names += [f"buffer/{name}" for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    names += [f"buffer/{name}" for name, _ in model.named_buffers()]
     report = verify_config(config, quiet)
     assert report.exit_code == 0
     assert [row.name for row in report.rows] == [
@@ -94,6 +95,41 @@ def test_a_gradient_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
     assert max(differences) == pytest.approx(0.01, rel=0.05)
 
 
+def test_a_fused_map_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
+    assert len(change_kernel(monkeypatch, "csf_fuse", lambda v: 1.01 * v)) == 0
+    report = report_of(tmp_path)
+    wrong = {row.name for row in report.disagreements}
+    assert report.exit_code == 1 and {"loss/hcl", "grad/skfs.3.conv2.0.weight", "grad/skfs.1.fc.0.weight"} <= wrong
+    # What csf itself updates comes from its inputs; the fused map moves what is behind it.
+    assert "buffer/skfs.1.conv1.1.running_mean" not in wrong and "buffer/skfs.1.conv2.1.running_mean" in wrong
+
+
+def test_gradients_of_the_fusion_that_are_off_by_a_hundredth_are_found(tmp_path, monkeypatch):
+    change_kernel(monkeypatch, "csf_bwd_apply", lambda gradient: 1.01 * gradient)
+    report = report_of(tmp_path)
+    wrong = {row.name for row in report.disagreements}
+    assert report.exit_code == 1 and all(name.startswith("grad/") for name in wrong)
+    # Stage 1's come from one wrong kernel, the coarser ones' from several.
+    for name in ("fcs.0.weight", "fcs.1.bias", "conv1.0.weight", "conv1.1.bias"):
+        assert f"grad/skfs.3.{name}" in wrong
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"), [(6, "conv1.1.running_var"), (7, "conv1.1.num_batches_tracked"), (9, "fc.1.running_var")]
+)
+def test_statistics_that_a_kernel_moves_too_far_are_found(argument, name, tmp_path, monkeypatch):
+    kernel = torch.ops.transkd_fast.csf_fuse
+
+    def changed(*arguments):
+        result = kernel(*arguments)
+        arguments[argument].mul_(2)
+        return result
+
+    monkeypatch.setattr(torch.ops.transkd_fast, "csf_fuse", changed)
+    report = report_of(tmp_path)
+    assert [row.name for row in report.disagreements] == [f"buffer/skfs.{stage}.{name}" for stage in (1, 2, 3)]
+
+
 def test_a_loss_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
     calls = change_kernel(monkeypatch, "hcl_fwd", lambda loss: 1.01 * loss)
     report = report_of(tmp_path)
@@ -103,17 +139,18 @@ def test_a_loss_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
     assert report.disagreements[0].difference == pytest.approx(0.01, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["hcl_fwd", "hcl_bwd"])
+@pytest.mark.parametrize("name", ["csf_fuse", "csf_bwd_apply", "hcl_fwd", "hcl_bwd"])
 def test_rounding_is_no_disagreement(name, tmp_path, monkeypatch):
     change_kernel(monkeypatch, name, lambda value: (1 + 1e-6) * value)
     assert report_of(tmp_path).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["hcl_fwd", "hcl_bwd"])
+# And how often a batch calls it.
+@pytest.mark.parametrize(("name", "calls"), [("csf_fuse", 3), ("csf_bwd_apply", 3), ("hcl_fwd", 1), ("hcl_bwd", 1)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("batch", [0, 1])
-def test_what_is_not_finite_in_one_batch_disagrees(name, value, batch, tmp_path, monkeypatch):
-    change_kernel(monkeypatch, name, lambda right: right * value, calls={batch + 1})
+def test_what_is_not_finite_in_one_batch_disagrees(name, calls, value, batch, tmp_path, monkeypatch):
+    change_kernel(monkeypatch, name, lambda right: right * value, calls={batch * calls + 1})
     report = report_of(tmp_path, verify__batches=2)
     assert report.exit_code == 1
     assert not any(math.isfinite(row.difference) for row in report.disagreements)

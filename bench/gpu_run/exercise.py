@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transkd_fast import backends, functional
+from transkd_fast.functional import BatchNorm
 
 BACKENDS = ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -27,25 +28,46 @@ UPSTREAM = 0.37
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: its inputs on the CPU, those with gradients first, and the function of them."""
+    """One call of an op: its inputs on the CPU and the function of them.
+
+    Args:
+        inputs: tensors; those with gradients first, those that the op updates in place last.
+        leaves: how many have gradients.
+        function: of (inputs, backend): a loss or a map.
+        tolerance: largest max-norm relative difference to eager fp64.
+        changed: how many the op updates in place.
+    """
 
     inputs: Sequence[Tensor]
     leaves: int
     function: Callable[[Sequence[Tensor], str], Tensor]
     tolerance: float
+    changed: int = 0
 
     def run(self, inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
         leaves = [tensor.requires_grad_() for tensor in inputs[: self.leaves]]
         result = self.function(inputs, backend)
-        upstream = torch.tensor(UPSTREAM, dtype=result.dtype).to(result.device)
-        return [t.detach().cpu().double() for t in (result, *torch.autograd.grad(result, leaves, upstream))]
+        upstream = fixed_like(result) if result.dim() else torch.tensor(UPSTREAM)
+        upstream = upstream.to(result.dtype).to(result.device)
+        results = [result, *torch.autograd.grad(result, leaves, upstream), *inputs[len(inputs) - self.changed :]]
+        return [tensor.detach().cpu().double() for tensor in results]
 
     def difference(self, backend: str, device: str) -> float:
         """The largest max-norm relative difference to eager fp64."""
-        got = self.run([tensor.detach().to(device) for tensor in self.inputs], backend)
-        true = self.run([tensor.detach().double() for tensor in self.inputs], "eager")
-        worst = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, true, strict=True)]
+        got = self.run([tensor.detach().clone().to(device) for tensor in self.inputs], backend)
+        exact = [t.detach().double() if t.is_floating_point() else t.clone() for t in self.inputs]
+        worst = [_relative(value, true) for value, true in zip(got, self.run(exact, "eager"), strict=True)]
         return max(worst) if all(value == value for value in worst) else float("nan")
+
+
+def fixed_like(output: Tensor) -> Tensor:
+    """Upstream gradients on the CPU that every dtype holds exactly."""
+    return torch.randint(-8, 9, output.shape, generator=torch.Generator().manual_seed(1)) / 8
+
+
+def _relative(value: Tensor, true: Tensor) -> float:
+    scale = true.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # where the truth is zero, only zero agrees
+    return ((value - true).abs().max() / scale).item()
 
 
 def hcl() -> Iterator[Call]:
@@ -60,7 +82,47 @@ def hcl() -> Iterator[Call]:
             )
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {"hcl": hcl}
+# Fine and coarse map, the squeeze's channels, and whether in training: twice the size with 16-byte loads, any ratio
+# without them, a single sample (the squeeze then takes its running statistics), and a coarse map that is the finer one.
+FUSIONS = (
+    ((3, 16, 8, 16), (4, 8), 8, True),
+    ((4, 5, 9, 13), (5, 7), 3, True),
+    ((1, 8, 8, 8), (4, 4), 4, True),
+    ((3, 6, 3, 4), (5, 9), 4, False),
+)
+
+
+def csf() -> Iterator[Call]:
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            # The awkward sizes in one layout per dtype: Triton compiles each of them.
+            chosen = FUSIONS if (dtype, layout) in zip(DTYPES, LAYOUTS, strict=False) else FUSIONS[:1]
+            for shape, coarse, squeezed, training in chosen:
+                maps = [torch.randn(s).to(dtype, memory_format=layout) for s in (shape, (*shape[:2], *coarse))]
+                yield csf_call(maps, squeezed, training)
+
+
+def csf_call(maps: Sequence[Tensor], squeezed: int, training: bool) -> Call:
+    channels = maps[0].shape[1]
+
+    def norm(count: int) -> list[Tensor]:
+        return [torch.randn(count), 1 + torch.rand(count), torch.tensor(3)]
+
+    parameters = [torch.randn(s) for s in (channels, channels, (squeezed, channels), squeezed, squeezed)]
+    parameters += [torch.randn(s) for s in ((channels, squeezed), channels) * 2]
+
+    def function(inputs: Sequence[Tensor], backend: str) -> Tensor:
+        z, y, weight, bias, fc_weight, fc_bn_weight, fc_bn_bias, *heads = inputs[:11]
+        bn = BatchNorm(weight, bias, *inputs[11:14], training)
+        # The cumulative average reads its counter on the device.
+        fc_bn = BatchNorm(fc_bn_weight, fc_bn_bias, *inputs[14:], training, momentum=None)
+        return functional.csf(z, y, bn, fc_weight, fc_bn, (tuple(heads[:2]), tuple(heads[2:])), backend)
+
+    inputs = [*maps, *parameters, *norm(channels), *norm(squeezed)]
+    return Call(inputs, 11, function, TOLERANCE[maps[0].dtype], changed=6)
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"csf": csf, "hcl": hcl}
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -15,10 +15,11 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS_OF = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
-# Largest max-norm relative difference to fp64 that a case may have. The value is computed in fp32 whatever the dtype;
-# gradients are rounded to the dtype of their input.
+# Largest max-norm relative difference to fp64 that a case may have. Losses and the gradients of parameters are computed
+# in fp32 whatever the dtype, and some of the latter are ill-conditioned; maps and their gradients are rounded to it.
 VALUE_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}
+PARAMETER_TOLERANCE = 1e-4
+MAP_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Problem:
         device: where it runs.
         least_bytes: per direction ("forward", "backward") the bytes that any way to compute it must read and write.
         least_flops: per direction the FLOPs likewise.
+        graph: on CUDA, whether a replay of a graph of the whole call is timed too.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Problem:
     device: torch.device
     least_bytes: Mapping[str, int] = field(default_factory=dict)
     least_flops: Mapping[str, int] = field(default_factory=dict)
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Case:
 
     Args:
         problem: what.
-        backend: how; a key of `rows.SOURCES`, or one of the step's.
-        forward: computes the loss, 0-d, and keeps what the backward needs.
-        backward: takes the loss through the backward and whatever follows it.
+        backend: how; a key of `rows.SOURCES`, "published", or one of the step's.
+        forward: computes the result, a loss or a map, and keeps what the backward needs.
+        backward: takes the result through the backward and whatever follows it.
         check: gives None if the results are right, else what is wrong; called first, a wrong case is not timed.
         leaves: tensors whose gradients are taken.
         others: other tensors that exist before the call; what is saved for backward beyond these and the leaves is the
@@ -83,33 +86,59 @@ def gradient_case(
     others: Sequence[Tensor],
     truth: tuple[Tensor, Sequence[Tensor]],
     upstream: Tensor,
+    parameters: int = 0,
+    changed: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Case:
-    """A case of an op that returns a loss, checked against fp64.
+    """A case of an op that returns a loss or a map, checked against fp64.
 
     Args:
         problem: what is computed.
         backend: a key of `rows.SOURCES`.
-        function: computes the loss from `leaves` and `others`.
+        function: computes the result from `leaves` and `others`.
         leaves: inputs whose gradients are taken.
         others: the other inputs.
-        truth: fp64 loss and, for the upstream gradient, fp64 gradients of the leaves.
-        upstream: upstream gradient, 0-d, on the problem's device, fp64.
+        truth: fp64 result and, for the upstream gradient, fp64 gradients of the leaves.
+        upstream: upstream gradient on the problem's device: of a loss fp64, 0-d; of a map like the map.
+        parameters: how many leaves, the last ones, are no maps but parameters.
+        changed: tensors that the function updates in place, each with its fp64 value after the first call.
     """
-    upstream_of = {
-        dtype: upstream.to(dtype) for dtype in (torch.float32, *DTYPES.values())
-    }  # no cast in the timed part
+    # No cast in the timed part.
+    upstream_of = {upstream.dtype: upstream} if upstream.dim() else {d: upstream.to(d) for d in DTYPES.values()}
+    map_tolerance = MAP_TOLERANCE[problem.dtype]
+    start = [tensor.clone() for tensor, _ in changed]
 
-    def backward(loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, leaves, upstream_of[loss.dtype])
+    def backward(result: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(result, leaves, upstream_of[result.dtype])
 
     def check() -> str | None:
-        loss = function()
-        results = {"value": (loss, truth[0], VALUE_TOLERANCE)}
-        for i, pair in enumerate(zip(backward(loss), truth[1], strict=True)):
-            results[f"gradient {i}"] = (*pair, GRADIENT_TOLERANCE[problem.dtype])
+        for (tensor, _), before in zip(changed, start, strict=True):
+            tensor.copy_(before)
+        value = function()
+        results = {"value": (value, truth[0], map_tolerance if value.dim() else VALUE_TOLERANCE)}
+        for i, pair in enumerate(zip(backward(value), truth[1], strict=True)):
+            tolerance = map_tolerance if i < len(leaves) - parameters else PARAMETER_TOLERANCE
+            results[f"gradient {i}"] = (*pair, tolerance)
+        for i, pair in enumerate(changed):
+            results[f"changed tensor {i}"] = (*pair, VALUE_TOLERANCE)
         return difference_of(results)
 
     return Case(problem, backend, function, backward, check, leaves, others)
+
+
+def copy_case(problem: Problem) -> Case:
+    """A copy that reads and writes as many bytes as the problem must, in each direction, between the same two tensors.
+
+    It meets the caches as the other cases leave them, which the large copy of `rates` does not.
+    """
+    counts = {mode: count // 2 for mode, count in problem.least_bytes.items()}
+    source = torch.ones(max(counts.values()), dtype=torch.uint8, device=problem.device)
+    target = torch.zeros_like(source)
+
+    def copy(mode: str) -> Tensor:
+        target[: counts[mode]].copy_(source[: counts[mode]])
+        return source.new_empty(0)
+
+    return Case(problem, "copy", lambda: copy("forward"), lambda _: copy("backward"), lambda: None, [source], [target])
 
 
 def difference_of(results: Mapping[str, tuple[Tensor, Tensor, float]]) -> str | None:
@@ -120,7 +149,13 @@ def difference_of(results: Mapping[str, tuple[Tensor, Tensor, float]]) -> str | 
 
 
 def relative_difference(value: Tensor, truth: Tensor) -> float:
-    """The largest difference over the largest true value; NaN if either has one."""
+    """The largest difference over the largest true value; NaN if either has one.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if value.shape != truth.shape:
+        raise ValueError(f"expected shape {list(truth.shape)}, got {list(value.shape)}")
     value, truth = value.detach().double(), truth.detach().double()
     return ((value - truth).abs().max() / truth.abs().max()).item()
 

@@ -69,6 +69,7 @@ def _fill(row: Row, case: Case, times: timing.Times, baseline: Row) -> None:
         figures.launches = launched.get(mode)
         setattr(row, mode, figures)
     row.wall_ms = None if times.wall is None else round(float(np.median(times.wall)), 4)
+    row.graph_ms = None if times.graph is None else round(float(np.median(times.graph)), 4)
     row.queued = times.queued
     row.peak_bytes = memory.peak_bytes(case)
     row.leaf_bytes = sum(leaf.nbytes for leaf in case.leaves)

@@ -34,7 +34,7 @@ def _title(members: Sequence[Row]) -> str:
 def _header(cuda: bool) -> str:
     modes = " ".join(f"{f'{mode} ms':>11} {'p20..p80':>15} {'ratio':>6} {'copy':>5}" for mode in MODES)
     end = f"{'gemm':>5} {'peak MB':>8} {'saved':>7} {'new':>7}"
-    return f"  {'':<9} {modes} {end}" + (f" {'wall ms':>8} {'launches':>9}" if cuda else "")
+    return f"  {'':<9} {modes} {end}" + (f" {'wall ms':>8} {'graph ms':>8} {'launches':>9}" if cuda else "")
 
 
 def _line(row: Row) -> str:
@@ -46,7 +46,8 @@ def _line(row: Row) -> str:
     cells += [f"{size / 1e6:>{width}.2f}" for size, width in zip(memory, (8, 7, 7), strict=True)]
     if row.wall_ms is not None:
         counts = "+".join("?" if n is None else str(n) for n in (row.forward.launches, row.backward.launches))
-        cells.append(f"{row.wall_ms:>8.3f} {counts:>9}")
+        graph = "" if row.graph_ms is None else f"{row.graph_ms:.3f}"
+        cells.append(f"{row.wall_ms:>8.3f} {graph:>8} {counts:>9}")
     if row.queued is False:
         cells.append("(times hold the host's work: it was slower than the device)")
     return f"  {row.backend:<9} {' '.join(cells)}"

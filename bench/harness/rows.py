@@ -24,11 +24,12 @@ COMPILED_SOURCES = ("csrc/common/*", "setup.py")  # setup.py has the compilers' 
 SOURCES = {
     "eager": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
     "compiled": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
-    "published": ["transkd_fast/reference/legacy.py"],
+    "copy": ["bench/harness/cases.py"],
     "cpu": [*OP_SOURCES, "csrc/cpu/{op}*", "csrc/cpu/common/*", *COMPILED_SOURCES],
-    "triton": [*OP_SOURCES, "kernels/{op}.py", "kernels/_common.py", "kernels/_{op}_plan.py"],
+    "triton": [*OP_SOURCES, "kernels/{op}.py", "kernels/_common.py", "kernels/_{op}_*.py"],
     "cuda": [*OP_SOURCES, "csrc/cuda/{op}*", "csrc/cuda/common/*", *COMPILED_SOURCES],
 }
+PUBLISHED = {"csf": "bench/bench_csf.py", "hcl": "transkd_fast/reference/legacy.py"}
 STEP_SOURCES = [
     "bench/bench_step.py",
     "bench/harness/precision.py",
@@ -78,10 +79,10 @@ class Row:
     """What was measured of a case; the fields up to `sources` identify it. Memory in bytes.
 
     `wall_ms` is the whole call with the host's work, on CUDA only: the other times there leave idle gaps out that the
-    host leaves, unless `queued` says that the host was too slow. `saved_bytes` is what autograd keeps alive between
-    forward and backward, `saved_new_bytes` the part of it that the forward allocated, `kept_no_grad_bytes` what a
-    forward under no_grad leaves allocated besides its result, `leaf_bytes` the size of the tensors whose gradients are
-    taken.
+    host leaves, unless `queued` says that the host was too slow. `graph_ms` is a replay of the whole call as a CUDA
+    graph, where the bench asks for it. `saved_bytes` is what autograd keeps alive between forward and backward,
+    `saved_new_bytes` the part of it that the forward allocated, `kept_no_grad_bytes` what a forward under no_grad
+    leaves allocated besides its result, `leaf_bytes` the size of the tensors whose gradients are taken.
     """
 
     op: str
@@ -112,6 +113,7 @@ class Row:
     backward: Figures = field(default_factory=Figures)
     total: Figures = field(default_factory=Figures)
     wall_ms: float | None = None
+    graph_ms: float | None = None
     queued: bool | None = None
     peak_bytes: int | None = None
     leaf_bytes: int | None = None
@@ -148,6 +150,8 @@ def sources_of(op: str, backend: str, device_type: str) -> list[str]:
     """Glob patterns, relative to the repository, of the files that a row depends on."""
     if op.startswith("step "):
         return [*STEP_SOURCES, *STEP_KERNELS[device_type]]
+    if backend == "published":
+        return [PUBLISHED[op]]
     return [pattern.format(op=op) for pattern in SOURCES[backend]]
 
 

@@ -19,9 +19,17 @@ else:
 
 TARGETS = Path(__file__).resolve().parents[1] / "targets.toml"
 PASS, MISS, NOT_RUN = "PASS", "MISS", "NOT RUN"
-LISTS = ("backend", "batch", "dtype", "layout")
+LISTS = ("backend", "size", "batch", "dtype", "layout")
+DEFAULT_MALLOC = "default"  # what rows say where it was asked for
 DIRECTIONS = {"forward": "forward", "backward": "backward", "total": "forward + backward"}
-TITLES = {"eager": "eager", "compiled": "`torch.compile`", "cpu": "C++ CPU", "triton": "Triton", "cuda": "CUDA C++"}
+TITLES = {
+    "eager": "eager",
+    "compiled": "`torch.compile`",
+    "copy": "a copy of as many bytes",
+    "cpu": "C++ CPU",
+    "triton": "Triton",
+    "cuda": "CUDA C++",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ def speedup(row: Row, other: Row | None, mode: str) -> float | None:
     return theirs / mine if mine and theirs else None
 
 
+def _speedup_by(row: Row, other: Row | None, name: str) -> float | None:
+    """The same by a time that is no direction's."""
+    mine, theirs = (getattr(r, name) if r is not None else None for r in (row, other))
+    return theirs / mine if mine and theirs else None
+
+
 def _figure(row: Row, other: Row | None, mode: str, name: str) -> float | None:
     return getattr(getattr(row, mode), name)
 
@@ -50,6 +64,9 @@ def _saved_new_maps(row: Row, other: Row | None) -> float | None:
 
 MEASURES = {
     "saved_new_maps": Measure("maps of the student's size saved beyond the inputs", "{:.3g}", _saved_new_maps),
+    "saved_new_bytes": Measure("bytes saved beyond the inputs", "{:.0f}", lambda row, other: row.saved_new_bytes),
+    "speedup_wall": Measure("the whole call by the clock", "{:.1f}x", partial(_speedup_by, name="wall_ms"), True),
+    "speedup_graph": Measure("the call as a CUDA graph", "{:.1f}x", partial(_speedup_by, name="graph_ms"), True),
     "kept_no_grad_bytes": Measure("bytes kept under `no_grad`", "{:.0f}", lambda row, other: row.kept_no_grad_bytes),
 }
 for _mode in MODES:
@@ -74,7 +91,7 @@ class Target:
         op: the op's name.
         backend: kernel backends.
         device: "cpu" or "cuda".
-        size: what the bench calls the sizes.
+        size: what the bench calls its sizes.
         batch: numbers of samples.
         dtype: storage dtypes.
         layout: "nchw", "channels_last".
@@ -82,13 +99,14 @@ class Target:
         source: where the bound comes from.
         at_least: lower bound, or None.
         at_most: upper bound, or None.
-        against: for speed-ups, the backend that the time is compared with.
+        against: for speed-ups, what the time is compared with: "eager", "compiled" or "copy".
+        malloc: "default" for rows that were measured with malloc as it is by default, else "".
     """
 
     op: str
     backend: tuple[str, ...]
     device: str
-    size: str
+    size: tuple[str, ...]
     batch: tuple[int, ...]
     dtype: tuple[str, ...]
     layout: tuple[str, ...]
@@ -97,6 +115,7 @@ class Target:
     at_least: float | None = None
     at_most: float | None = None
     against: str = ""
+    malloc: str = ""
 
     def single(self) -> list[Target]:
         """The targets with one value in each tuple that this one stands for."""
@@ -107,20 +126,23 @@ class Target:
 
     def covers(self, row: Row) -> bool:
         """Whether the row is of a case that this target speaks of, with whatever backend."""
-        same = (row.op, row.device_type, row.size) == (self.op, self.device, self.size)
-        return same and row.batch in self.batch and row.dtype in self.dtype and row.layout in self.layout
+        same = (row.op, row.device_type) == (self.op, self.device)
+        same = same and (row.malloc == DEFAULT_MALLOC) == (self.malloc == DEFAULT_MALLOC)
+        return same and all(getattr(row, name) in getattr(self, name) for name in LISTS if name != "backend")
 
     def holds(self, value: float) -> bool:
         return value >= self.at_least if self.at_least is not None else value <= self.at_most
 
     def written(self, value: float) -> str:
-        return MEASURES[self.measure].format.format(value)
+        # A share of a copy's speed is judged in hundredths.
+        return f"{value:.2f}x" if self.against == "copy" else MEASURES[self.measure].format.format(value)
 
     @property
     def case(self) -> str:
         """What is measured where, in words."""
-        backend, batch, dtype, layout = (" / ".join(map(str, getattr(self, name))) for name in LISTS)
-        return f"{self.op} {backend}, {self.size}, batch {batch}, {dtype}, {layout}"
+        backend, size, batch, dtype, layout = (" / ".join(map(str, getattr(self, name))) for name in LISTS)
+        malloc = f", {self.malloc} malloc" if self.malloc else ""
+        return f"{self.op} {backend}, {size}, batch {batch}, {dtype}, {layout}{malloc}"
 
     @property
     def bound(self) -> str:
@@ -163,11 +185,16 @@ def load(path: Path = TARGETS) -> list[Target]:
 
 def _target(entry: dict[str, Any], name: str) -> Target:
     known = {field.name for field in fields(Target)}
-    missing, unknown = known - {"at_least", "at_most", "against"} - set(entry), set(entry) - known
+    missing, unknown = known - {"at_least", "at_most", "against", "malloc"} - set(entry), set(entry) - known
     if missing or unknown:
         raise ValueError(f"{name}: missing {sorted(missing)}, unknown {sorted(unknown)}")
     entry |= {key: tuple(entry[key]) if isinstance(entry[key], list) else (entry[key],) for key in LISTS}
-    one_of = {"measure": MEASURES, "device": ("cpu", "cuda"), "against": ("", "eager", "compiled")}
+    one_of = {
+        "measure": MEASURES,
+        "device": ("cpu", "cuda"),
+        "against": ("", "eager", "compiled", "copy"),
+        "malloc": ("", DEFAULT_MALLOC),
+    }
     for key, allowed in one_of.items():
         if entry.get(key, "") not in allowed:
             raise ValueError(f"{name}: {key}: expected one of {sorted(allowed)}, got {entry[key]!r}")
@@ -210,7 +237,8 @@ def _judge_single(target: Target, rows: Sequence[Row], why_not: Callable[[Target
     other = next((other for other in comparison if other.backend == target.against), None)
     value = measure.value(row, other)
     if value is None:
-        reason = f"{target.against} has no time" if target.against else f"{target.measure} could not be measured"
+        lacking = target.against and (other is None or measure.value(other, other) is None)
+        reason = f"{target.against} has no time" if lacking else f"{target.measure} could not be measured"
         return Verdict(target, NOT_RUN, reason=reason, row=row)
     return Verdict(target, PASS if target.holds(value) else MISS, value, row=row)
 

@@ -8,7 +8,8 @@ On CPU a call is timed by the clock, with whatever the caches hold after the oth
 On CUDA events time what the device does. The device is kept busy until the host has queued the whole call, so that the
 times hold the kernels and the gaps between them, not Python; the L2 cache is overwritten before the forward and again
 before the backward, since in a training step other work lies between the two. `wall` is a second call by the clock, the
-host's work included, without either.
+host's work included, without either. `graph` is the device's time for a replay of a CUDA graph of the whole call, with
+the cache overwritten before it.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ from harness.cases import Case
 FLUSH_BYTES = 256 << 20  # more than twice the L2 cache of any GPU there is
 HIGHEST_CLOCK = 3e9  # of a GPU, in cycles a second: a wait counted in cycles is then never too short
 LONGEST_WAIT = 0.02  # seconds
+GRAPH_WAIT = 2e-4  # seconds: more than the host needs to launch a graph
+WARM_CALLS = 3  # before a capture, on its stream: whatever is made at the first call must not be captured
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: times in ms; on CPU `wall` and `queued` are None."""
+    """One call: times in ms; on CPU `wall`, `graph` and `queued` are None."""
 
     forward: float
     backward: float
     wall: float | None = None
     queued: bool | None = None
     issue: float = 0.0
+    graph: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Times:
     total: np.ndarray
     wall: np.ndarray | None
     queued: bool | None
+    graph: np.ndarray | None
 
 
 def interleaved(benchmark: Any, cases: Sequence[Case], rounds: int, warmup: int) -> list[Times]:
@@ -65,13 +70,14 @@ def interleaved(benchmark: Any, cases: Sequence[Case], rounds: int, warmup: int)
         Times of every case.
     """
     samples: list[list[Sample]] = [[] for _ in cases]
+    graphs = [graph_of(case) for case in cases]
     first = 0
 
     def one_round() -> None:
         nonlocal first
-        for i in range(first, first + len(cases)):
-            mine = samples[i % len(cases)]
-            mine.append(timed(cases[i % len(cases)], mine[-1].issue if mine else LONGEST_WAIT))
+        for k in range(first, first + len(cases)):
+            i = k % len(cases)
+            samples[i].append(timed(cases[i], samples[i][-1].issue if samples[i] else LONGEST_WAIT, graphs[i]))
         first += 1
 
     benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=warmup)
@@ -81,21 +87,46 @@ def interleaved(benchmark: Any, cases: Sequence[Case], rounds: int, warmup: int)
 def _times(samples: Sequence[Sample]) -> Times:
     forward, backward = (np.array([getattr(s, name) for s in samples]) for name in ("forward", "backward"))
     cuda = samples[0].wall is not None
-    wall = np.array([sample.wall for sample in samples]) if cuda else None
+    wall, graph = (
+        None if getattr(samples[0], name) is None else np.array([getattr(sample, name) for sample in samples])
+        for name in ("wall", "graph")
+    )
     # One round in ten may have been disturbed; more, and the times hold the host's work.
     queued = float(np.mean([bool(sample.queued) for sample in samples])) >= 0.9 if cuda else None
-    return Times(forward, backward, forward + backward, wall, queued)
+    return Times(forward, backward, forward + backward, wall, queued, graph)
 
 
-def timed(case: Case, issue: float) -> Sample:
+def graph_of(case: Case) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of the whole call; None where the problem asks for none, or the call cannot be captured."""
+    device = case.problem.device
+    if not case.problem.graph or device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_CALLS):
+                case.run()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                case.run()
+        except RuntimeError:
+            return None
+    return graph
+
+
+def timed(case: Case, issue: float, graph: torch.cuda.CUDAGraph | None = None) -> Sample:
     """Time one call.
 
     Args:
         case: what to call.
         issue: on CUDA, the seconds for which the host is expected to queue the call.
+        graph: on CUDA, a graph of the call that is to be timed too.
     """
     if case.problem.device.type == "cuda":
-        return _timed_on_cuda(case, issue)
+        return _timed_on_cuda(case, issue, graph)
     start = time.perf_counter()
     loss = case.forward()
     middle = time.perf_counter()
@@ -103,11 +134,11 @@ def timed(case: Case, issue: float) -> Sample:
     return Sample(1e3 * (middle - start), 1e3 * (time.perf_counter() - middle))
 
 
-def _timed_on_cuda(case: Case, issue: float) -> Sample:
+def _timed_on_cuda(case: Case, issue: float, graph: torch.cuda.CUDAGraph | None) -> Sample:
     device = case.problem.device
     with torch.cuda.device(device):
         flush = _flush_buffer(device)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4 if graph is None else 6)]
         torch.cuda.synchronize(device)
         flush.zero_()
         torch.cuda._sleep(int(min(1.5 * issue, LONGEST_WAIT) * HIGHEST_CLOCK))
@@ -127,7 +158,15 @@ def _timed_on_cuda(case: Case, issue: float) -> Sample:
         case.run()
         torch.cuda.synchronize(device)
         wall = 1e3 * (time.perf_counter() - start)
-    return Sample(events[0].elapsed_time(events[1]), events[2].elapsed_time(events[3]), wall, queued, issue)
+        if graph is not None:
+            flush.zero_()
+            torch.cuda._sleep(int(GRAPH_WAIT * HIGHEST_CLOCK))
+            events[4].record()
+            graph.replay()
+            events[5].record()
+            torch.cuda.synchronize(device)
+    forward, backward, *replay = [a.elapsed_time(b) for a, b in zip(events[::2], events[1::2], strict=True)]
+    return Sample(forward, backward, wall, queued, issue, *replay)
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 The truth is eager in fp64, teacher and student included. Checked is the configured backend in the configured precision,
 and beside it eager in that precision, which shows what the precision itself costs. Compared are every loss term, the
-gradient of every parameter and every buffer (running statistics), by the largest difference over the largest true
-value of the tensor (max norm).
+gradient of every parameter and every buffer (running statistics and their counters), by the largest difference over the
+largest true value of the tensor (max norm).
 """
 
 from __future__ import annotations
@@ -202,8 +202,7 @@ def _results(task: DistillationTask, batch: Batch, precision: str) -> dict[str, 
         if parameter.grad is not None:
             results[f"grad/{name}"] = parameter.grad.double()
     for name, buffer in task.model.named_buffers():
-        if buffer.is_floating_point():
-            results[f"buffer/{name}"] = buffer.detach().double().clone()
+        results[f"buffer/{name}"] = buffer.detach().double().clone()
     return results
 
 
