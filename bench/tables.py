@@ -138,9 +138,10 @@ def _op_lines(members: Sequence[Row]) -> list[list[str]]:
             continue
         ratios = [targets.speedup(row, other, "total") for other in (eager, compiled)]
         share = row.total.copy_share
+        malloc = f", {row.malloc} malloc" if row.malloc == targets.DEFAULT_MALLOC else ""
         lines.append(
             [
-                f"`{row.op}`, {row.size}, batch {row.batch}, {row.dtype}, {row.layout}",
+                f"`{row.op}`, {row.size}, batch {row.batch}, {row.dtype}, {row.layout}{malloc}",
                 TITLES[row.backend],
                 *(_time(other) for other in (eager, compiled, row)),
                 *("" if ratio is None else f"{ratio:.1f}x" for ratio in ratios),

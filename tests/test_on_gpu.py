@@ -4,131 +4,219 @@ Values and gradients on a GPU are tested by tests/test_<op>.py, which runs every
 to CALLS.
 """
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from kernels_here import device_of
+from op_description import fixed_like
 
-from transkd_fast.functional import hcl_loss
+from transkd_fast.functional import BatchNorm, csf, hcl_loss
 
 BACKENDS = ("triton", "cuda")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 
 
+@dataclass
+class Call:
+    """A call of an op on tensors of its own.
+
+    Args:
+        leaves: tensors with a gradient.
+        function: of no arguments: the loss or the map.
+        launches: everything that forward and backward may start on the device, fills and copies included.
+        changed: tensors that the op updates in place.
+    """
+
+    leaves: list
+    function: object
+    launches: tuple
+    changed: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.start = [tensor.clone() for tensor in self.changed]
+        with torch.no_grad():
+            self.upstream = fixed_like(self.function()) + 0.375
+        self.restart()
+
+    def restart(self):
+        """Take back what calls have changed."""
+        for tensor, start in zip(self.changed, self.start, strict=True):
+            tensor.copy_(start)
+
+    def backward(self, result):
+        return torch.autograd.grad(result, self.leaves, self.upstream)
+
+    def run(self):
+        result = self.function()
+        return [result.detach(), *self.backward(result)]
+
+    def results(self):
+        """The same with what the call changed, from the same start each time."""
+        self.restart()
+        return [*self.run(), *(tensor.clone() for tensor in self.changed)]
+
+
 def hcl(backend, layout="nchw", device="cuda"):
-    """Leaves, a function of them that gives the loss, and the launches (forward, backward) it may take."""
     shapes = [(2, 16, 32, 64), (2, 24, 16, 32), (2, 40, 8, 16), (2, 64, 4, 8)]
     students, teachers = (
         [torch.randn(s, device=device, dtype=torch.bfloat16).contiguous(memory_format=LAYOUTS[layout]) for s in shapes]
         for _ in range(2)
     )
     leaves = [student.requires_grad_() for student in students]
-    launches = {"cuda": (1, 1), "triton": (3, 1)}[backend]
-    return leaves, lambda: hcl_loss(leaves, teachers, (0.1, 0.1, 0.5, 1), backend=backend), launches
+    # Forward: cuda one kernel and the fill of its counters.
+    launches = {"cuda": (2, 1), "triton": (3, 1)}[backend]
+    return Call(leaves, lambda: hcl_loss(leaves, teachers, (0.1, 0.1, 0.5, 1), backend=backend), launches)
 
 
-CALLS = {"hcl": hcl}
+def csf_in_training(*arguments):
+    return fusion((2, 64, 32, 64), (16, 32), *arguments)
+
+
+def csf_with_cumulative_averages(*arguments):
+    return fusion((3, 16, 15, 31), (8, 16), *arguments, momentum=None)
+
+
+def csf_in_eval_mode(*arguments):
+    return fusion((2, 16, 9, 14), (7, 20), *arguments, training=False)
+
+
+def fusion(shape, coarse, backend, layout="nchw", device="cuda", **settings):
+    channels, squeezed = shape[1], 32
+
+    def random(*shape):
+        return torch.randn(shape, device=device)
+
+    def norm(count):
+        weight, bias, mean, var = 1 + random(count) / 8, random(count), random(count), 1 + random(count).square()
+        leaves.extend((weight, bias))
+        changed.extend((mean, var, torch.tensor(3, device=device)))
+        return BatchNorm(*leaves[-2:], *changed[-3:], **settings)
+
+    maps = [random(*s).to(torch.bfloat16, memory_format=LAYOUTS[layout]) for s in (shape, (*shape[:2], *coarse))]
+    weights = [random(squeezed, channels), *(random(channels, squeezed) / 8 for _ in range(2))]
+    leaves, changed = [*maps, *weights, random(channels), random(channels)], []
+    fc_weight, heads = weights[0], tuple(zip(weights[1:], leaves[5:7], strict=True))
+    bn, fc_bn = norm(channels), norm(squeezed)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return Call(leaves, lambda: csf(*maps, bn, fc_weight, fc_bn, heads, backend=backend), (3, 3), changed)
+
+
+CALLS = {
+    "csf": (csf_in_training, csf_with_cumulative_averages, csf_in_eval_mode),
+    "hcl": (hcl,),
+}
 
 
 def parametrize(function):
-    for name, values in (("layout", LAYOUTS), ("backend", BACKENDS), ("op", CALLS)):
+    made = [make for makers in CALLS.values() for make in makers]
+    for name, values in (("layout", LAYOUTS), ("backend", BACKENDS)):
         function = pytest.mark.parametrize(name, list(values))(function)
-    return function
+    return pytest.mark.parametrize("make", made, ids=lambda make: make.__name__)(function)
 
 
-def run(leaves, call):
-    loss = call()
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+def assert_equal(results, expected):
+    for value, true in zip(results, expected, strict=True):
+        assert value.device == true.device and torch.equal(value, true)
 
 
 @parametrize
-def test_work_goes_to_the_current_stream(op, backend, layout):
-    leaves, call, _ = CALLS[op](backend, layout)
-    expected = run(leaves, call)
-    values = [leaf.detach().clone() for leaf in leaves]
+def test_work_goes_to_the_current_stream(make, backend, layout):
+    call = make(backend, layout)
+    expected = call.results()
+    values = [leaf.detach().clone() for leaf in call.leaves]
     with torch.no_grad():
-        for leaf in leaves:
+        for leaf in call.leaves:
             leaf.zero_()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # a launch on another stream would read the zeros
         with torch.no_grad():
-            for leaf, value in zip(leaves, values, strict=True):
+            for leaf, value in zip(call.leaves, values, strict=True):
                 leaf.copy_(value)
-        results = run(leaves, call)
+        results = call.results()
     stream.synchronize()
-    for value, true in zip(results, expected, strict=True):
-        assert torch.equal(value, true)
+    assert_equal(results, expected)
 
 
 @parametrize
-def test_nothing_waits_for_the_device(op, backend, layout):
-    leaves, call, _ = CALLS[op](backend, layout)
-    run(leaves, call)  # compiles and loads
+def test_nothing_waits_for_the_device(make, backend, layout):
+    call = make(backend, layout)
+    call.run()  # compiles and loads
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(leaves, call)
+        call.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @parametrize
-def test_a_cuda_graph_replays_on_new_values(op, backend, layout):
-    leaves, call, _ = CALLS[op](backend, layout)
+def test_a_cuda_graph_replays_on_new_values(make, backend, layout):
+    call = make(backend, layout)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        run(leaves, call)
+        call.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(leaves, call)
+        captured = call.run()
     for _ in range(2):
         with torch.no_grad():
-            for leaf in leaves:
+            for leaf in call.leaves:
                 leaf.copy_(torch.randn_like(leaf))
+        call.restart()
         graph.replay()
-        for value, true in zip(captured, run(leaves, call), strict=True):
-            assert torch.equal(value, true)
+        replayed = [*captured, *(tensor.clone() for tensor in call.changed)]
+        assert_equal(replayed, call.results())
+    states = []
+    for step in (graph.replay, call.run):
+        call.restart()
+        step()
+        step()  # goes on from what the first one changed
+        states.append([tensor.clone() for tensor in call.changed])
+    assert_equal(*states)
 
 
 @parametrize
-def test_launches_are_few(op, backend, layout):
-    leaves, call, launches = CALLS[op](backend, layout)
-    run(leaves, call)
-    loss = call()
-    steps = (call, lambda: torch.autograd.grad(loss, leaves))
+def test_launches_are_few(make, backend, layout):
+    call = make(backend, layout)
+    call.run()
+    result = call.function()
     counts = []
-    for step in steps:
+    for step in (call.function, lambda: call.backward(result)):
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
             torch.cuda.synchronize()
-        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        counts.append(sum("memset" not in e.name.lower() and "memcpy" not in e.name.lower() for e in on_device))
-    assert 0 < counts[0] <= launches[0] and 0 < counts[1] <= launches[1] + 1  # and one to make the upstream gradient
+        counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
+    assert 0 < counts[0] <= call.launches[0] and 0 < counts[1] <= call.launches[1]
 
 
 @parametrize
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices are visible")
-def test_the_tensors_device_counts_not_the_current_one(op, backend, layout):
-    leaves, call, _ = CALLS[op](backend, layout, "cuda:1")
+def test_the_tensors_device_counts_not_the_current_one(make, backend, layout):
+    call = make(backend, layout, "cuda:1")
     with torch.cuda.device(1):
-        expected = run(leaves, call)
+        expected = call.results()
     with torch.cuda.device(0):
-        results = run(leaves, call)
-    for value, true in zip(results, expected, strict=True):
-        assert value.device == torch.device("cuda:1") and torch.equal(value, true)
+        results = call.results()
+    assert all(value.device == torch.device("cuda:1") for value in results)
+    assert_equal(results, expected)
+
+
+def skip_without_memory(needed):
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip("less GPU memory is free than two to the 31 elements need")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hcl_beyond_two_to_the_31_elements(layout, backend):
     shape = (10, 8192, 164, 164)
-    free = torch.cuda.mem_get_info()[0]
-    needed = 2 * 4 * 10 * 8192 * 164 * 164
-    if free < needed:
-        pytest.skip("less GPU memory is free than two to the 31 elements need")
+    skip_without_memory(2 * 4 * 10 * 8192 * 164 * 164)
     student = torch.zeros(shape, dtype=torch.bfloat16, device=device_of(backend), memory_format=LAYOUTS[layout])
     teacher = torch.zeros_like(student)
     with torch.no_grad():
@@ -144,3 +232,47 @@ def test_hcl_beyond_two_to_the_31_elements(layout, backend):
     difference = gradient[-1:, -1:].double().cpu() - slope / planes
     assert difference.abs().max() < 2**-8 * slope.abs().max() / planes
     assert not gradient[:-1].any() and not gradient[-1, :-1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_csf_beyond_two_to_the_31_elements(layout, backend):
+    shape = (3, 5472, 364, 364)
+    skip_without_memory(1.2 * 2 * 4.5 * 3 * 5472 * 364 * 364)
+    check_first_and_last_channel(shape, layout, backend)
+
+
+def check_first_and_last_channel(shape, layout, backend):
+    """Compares two channels' results with csf of these channels alone: heads that ignore the squeeze uncouple them."""
+    batch, channels, height, width = shape
+    device, squeezed = device_of(backend), 4
+    form = {"device": device, "dtype": torch.bfloat16, "memory_format": LAYOUTS[layout]}
+    z, y, upstream = (
+        torch.empty((batch, channels, h, w), **form).normal_(mean=1)
+        for h, w in ((height, width), (height // 2, width // 2), (height, width))
+    )
+    weight, bias, *biases = torch.randn(4, channels, device=device)
+    mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+    # Per sum over all of a channel's pixels a tolerance; maps are rounded to bf16.
+    small, rounded = 1e-4, 2**-7
+
+    def run(pick, convert, backend):
+        leaves = [convert(pick(t)).requires_grad_() for t in (z, y, weight, bias)]
+        running = [convert(pick(t)).clone() for t in (mean, var)]
+        count, options = leaves[0].shape[1], {"dtype": leaves[2].dtype, "device": leaves[0].device}
+        heads = tuple((torch.zeros(count, squeezed, **options), convert(pick(b))) for b in biases)
+        bn = BatchNorm(*leaves[2:], *running)
+        v = csf(*leaves[:2], bn, torch.zeros(squeezed, count, **options), None, heads, backend=backend)
+        return [v.detach(), *torch.autograd.grad(v, leaves, convert(pick(upstream))), *running]
+
+    results = run(lambda t: t, lambda t: t.detach(), backend)
+    for channel in (0, channels - 1):
+
+        def pick(t, of=slice(channel, channel + 1)):
+            return t[:, of] if t.dim() == 4 else t[of]
+
+        truth = run(pick, lambda t: t.detach().cpu().double(), "eager")
+        for value, true in zip(results, truth, strict=True):
+            value = pick(value).cpu().double()
+            tolerance = rounded if true.dim() == 4 else small
+            assert (value - true).abs().max() < tolerance * true.abs().max().clamp(min=1)
