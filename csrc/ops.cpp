@@ -5,5 +5,15 @@
 STABLE_TORCH_LIBRARY(transkd_fast, m) {
   m.def("hcl_fwd(Tensor[] students, Tensor[] teachers, float[] weights) -> (Tensor loss, Tensor[] tables)");
   m.def("hcl_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor[] tables, float[] weights) -> Tensor[]");
+  m.def("csf_reduce(Tensor z, Tensor y, int parts) -> Tensor");
+  m.def(
+      "csf_fuse(Tensor z, Tensor y, Tensor sums, int first, Tensor?[] parameters, Tensor(a!)? running_mean,"
+      " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? fc_running_mean,"
+      " Tensor(e!)? fc_running_var, Tensor(f!)? fc_num_batches_tracked, int norm, float? momentum, float eps,"
+      " int fc_norm, float? fc_momentum, float fc_eps) -> (Tensor v, Tensor state)");
+  m.def("csf_bwd_reduce(Tensor grad, Tensor z, Tensor y, Tensor state, int parts) -> Tensor");
+  m.def(
+      "csf_bwd_apply(Tensor grad, Tensor z, Tensor y, Tensor sums, Tensor state, int first, Tensor?[] parameters,"
+      " int norm, int fc_norm, bool[] wanted) -> Tensor[]");
   m.def("cuda_selftest(Tensor x) -> Tensor");
 }

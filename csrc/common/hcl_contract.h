@@ -2,36 +2,15 @@
 // before; whoever calls the raw ops gets the same errors as from the Triton launchers.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "common/layout.h"
+#include "common/contract.h"
 
 namespace transkd {
 
-using torch::headeronly::ScalarType;
-
-inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-// "[2, 64, 128, 256]".
-inline std::string shape_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text += (dim ? ", " : "") + std::to_string(tensor.size(dim));
-  return text + "]";
-}
-
 namespace detail {
-
-inline const char* name_of(Layout layout) {
-  return layout == Layout::kContiguous     ? "contiguous"
-         : layout == Layout::kChannelsLast ? "channels-last"
-                                           : "neither (call .contiguous() first)";
-}
 
 inline void check_hcl_stage(const Tensor& student, const Tensor& teacher, bool doubles) {
   const std::string shapes = ", got " + shape_of(student) + " and " + shape_of(teacher);
@@ -42,10 +21,7 @@ inline void check_hcl_stage(const Tensor& student, const Tensor& teacher, bool d
   }
   STD_TORCH_CHECK(student.numel() > 0, "hcl: expected maps with at least one element", shapes);
   for (const Tensor* map : {&student, &teacher}) {
-    const ScalarType type = map->scalar_type();
-    STD_TORCH_CHECK(
-        type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || is_double(*map),
-        "hcl: expected float32, float64, bfloat16 or float16 maps; convert them with .float()");
+    storage_type_of("hcl", *map);
     STD_TORCH_CHECK(is_double(*map) == doubles,
                     "hcl: float64 does not mix with other dtypes, got maps of both; convert them to one of them");
     STD_TORCH_CHECK(map->device() == student.device(), "hcl: expected all maps on one device");

@@ -11,16 +11,19 @@ using torch::stable::Tensor;
 
 enum class Layout { kContiguous, kChannelsLast, kOther };
 
-// Layout of a [B, C, H, W] map; a map that is both (C = 1 or H = W = 1) counts as contiguous.
-inline Layout layout_of(const Tensor& map) {
-  if (map.is_contiguous()) return Layout::kContiguous;
+inline bool is_channels_last(const Tensor& map) {
   const int64_t order[4] = {1, 3, 2, 0};  // from the fastest dimension to the slowest
   int64_t expected = 1;
   for (const int64_t dim : order) {
-    if (map.size(dim) != 1 && map.stride(dim) != expected) return Layout::kOther;
+    if (map.size(dim) != 1 && map.stride(dim) != expected) return false;
     expected *= map.size(dim);
   }
-  return Layout::kChannelsLast;
+  return true;
+}
+
+// Layout of a [B, C, H, W] map; a map that is both (C = 1 or H = W = 1) counts as contiguous.
+inline Layout layout_of(const Tensor& map) {
+  return map.is_contiguous() ? Layout::kContiguous : is_channels_last(map) ? Layout::kChannelsLast : Layout::kOther;
 }
 
 }  // namespace transkd

@@ -9,7 +9,6 @@
 
 #include "common/hcl_contract.h"
 #include "cuda/common/stream.h"
-#include "cuda/common/tensor.h"
 #include "cuda/hcl_kernel.cuh"
 
 namespace transkd {

@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "common/hcl_pyramid.h"
-#include "cuda/common/storage_type.h"
+#include "common/storage_type.h"
 
 namespace transkd {
 namespace hcl {

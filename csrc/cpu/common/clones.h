@@ -9,6 +9,8 @@
 
 #include <cstdlib>  // defines __GLIBC__ where the C library is glibc
 
+#include "common/host_device.h"
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     __GNUC__ >= 12 && !defined(TRANSKD_NO_CLONES)
 #define TRANSKD_HAS_CLONES 1
@@ -18,5 +20,3 @@
 #define TRANSKD_CLONES
 #define TRANSKD_CLONE_NAMES "default"
 #endif
-
-#define TRANSKD_INLINE inline __attribute__((always_inline))

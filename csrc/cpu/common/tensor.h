@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/layout.h"
-#include "cpu/common/half.h"
+#include "common/half.h"
 
 namespace transkd {
 

@@ -15,6 +15,7 @@ namespace transkd {
 // A vector of Bytes / sizeof(T) elements. Pass by reference only: by value their ABI depends on the instruction set.
 template <class T, int Bytes = 64>
 struct Vector {
+  using Element = T;
   static constexpr int kSize = Bytes / sizeof(T);
   typedef T Lanes __attribute__((vector_size(Bytes)));
   Lanes lanes = {};
@@ -32,6 +33,14 @@ struct Vector {
 #else
     store(to);
 #endif
+  }
+
+  // A vector of less than 16 bytes never streams.
+  TRANSKD_INLINE void store(T* to, bool past_cache) const {
+    if constexpr (Bytes >= 16) {
+      if (past_cache) return stream(to);
+    }
+    store(to);
   }
 
   // The sum of all elements, by halves.

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "cuda/common/storage_type.h"
+#include "common/storage_type.h"
 
 namespace transkd {
 
@@ -84,6 +84,82 @@ struct Pack {
   static constexpr int kWords = kBytes <= 16 ? 1 : kBytes / 16;
   using Word = typename detail::Word<kBytes <= 16 ? kBytes : 16>::type;
 };
+
+// The same, kept as it comes: halves stay two to a register, where Pack's elements take one each as soon as a load
+// hangs on a condition.
+template <class S, int N>
+struct Packed {
+  using T = ComputeType<S>;
+
+  __device__ __forceinline__ void load(const S* __restrict__ from) {
+    Pack<Word, kWords> words;
+    words.load(reinterpret_cast<const Word*>(from));
+    std::memcpy(word_, words.element, sizeof(word_));
+  }
+  __device__ __forceinline__ void store(S* __restrict__ to) const {
+    Pack<Word, kWords> words;
+    std::memcpy(words.element, word_, sizeof(word_));
+    words.store(reinterpret_cast<Word*>(to));
+  }
+  __device__ __forceinline__ void clear() { std::memset(word_, 0, sizeof(word_)); }
+
+  __device__ __forceinline__ T get(int i) const {
+    if constexpr (kElements == 2) {
+      std::conditional_t<std::is_same_v<S, __half>, __half2, __nv_bfloat162> pair;
+      std::memcpy(static_cast<void*>(&pair), word_ + i / 2, sizeof(Word));
+      return i % 2 ? __high2float(pair) : __low2float(pair);
+    } else {
+      S element;
+      std::memcpy(static_cast<void*>(&element), word_ + i, sizeof(Word));
+      return widen(element);
+    }
+  }
+  __device__ __forceinline__ void set(int i, T value) {
+    S element;
+    narrow(value, element);
+    if constexpr (kElements == 2) {
+      unsigned short bits;
+      std::memcpy(&bits, &element, sizeof(bits));
+      Word& word = word_[i / 2];
+      word = i % 2 ? (word & 0xffffu) | static_cast<unsigned>(bits) << 16 : (word & 0xffff0000u) | bits;
+    } else {
+      std::memcpy(word_ + i, &element, sizeof(Word));
+    }
+  }
+
+ private:
+  static constexpr int kElements = sizeof(S) == 2 && N % 2 == 0 ? 2 : 1, kWords = N / kElements;
+  using Word = std::conditional_t<sizeof(S) == 8, unsigned long long,
+                                  std::conditional_t<kElements * sizeof(S) == 4, unsigned, unsigned short>>;
+  Word word_[kWords];
+};
+
+// An element of a map whose storage type, one that is computed in T, is known at run time only.
+template <class T>
+__device__ __forceinline__ T load_as(const void* map, StorageType type, int64_t at) {
+  if constexpr (std::is_same_v<T, double>) {
+    return __ldg(static_cast<const double*>(map) + at);
+  } else {
+    if (type == StorageType::kFloat) return __ldg(static_cast<const float*>(map) + at);
+    const unsigned short bits = __ldg(static_cast<const unsigned short*>(map) + at);
+    __half half;
+    __nv_bfloat16 bfloat16;
+    std::memcpy(static_cast<void*>(&half), &bits, sizeof bits);
+    std::memcpy(static_cast<void*>(&bfloat16), &bits, sizeof bits);
+    return type == StorageType::kHalf ? widen(half) : widen(bfloat16);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_as(T value, void* map, StorageType type, int64_t at) {
+  if constexpr (std::is_same_v<T, double>) {
+    static_cast<double*>(map)[at] = value;
+  } else {
+    if (type == StorageType::kFloat) static_cast<float*>(map)[at] = value;
+    if (type == StorageType::kHalf) narrow(value, static_cast<__half*>(map)[at]);
+    if (type == StorageType::kBFloat16) narrow(value, static_cast<__nv_bfloat16*>(map)[at]);
+  }
+}
 
 template <class S>
 struct TypeTag {

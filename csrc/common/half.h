@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "clones.h"
+#include "common/host_device.h"
 
 namespace transkd {
 
