@@ -44,10 +44,13 @@ class Op:
         medium: thousands of values per channel, so that what is saved per channel hardly counts.
         large: enough for many threads.
         changes: names of the inputs that the op updates in place, compared like outputs.
+        alone: which leaves are also the only ones that want a gradient; default all.
         dtypes: of the activations.
         layouts: two or more names that `inputs` knows.
         kernels: the backends with a kernel.
         tolerance: per dtype of a result.
+        poisoned: inputs into which NaN and infinities are put; default the leaves.
+        eager_tolerance: the same for the reference in low precision, whose sums are torch's.
     """
 
     name: str
@@ -65,10 +68,13 @@ class Op:
     medium: tuple
     large: tuple
     changes: Sequence[str] = ()
+    alone: Sequence[str] | None = None
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     layouts: Sequence[str] = tuple(LAYOUTS)
     kernels: Sequence[str] = backends.BACKENDS[1:]
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: dict(TOLERANCE))
+    poisoned: Sequence[str] | None = None
+    eager_tolerance: dict[torch.dtype, float] = field(default_factory=dict)
 
     def make(self, case, dtype=torch.float32, layout=None, backend="cpu"):
         """The same values for the same case and dtype, on the backend's device."""
@@ -121,6 +127,8 @@ class Op:
         if not dtype.is_floating_point:
             return torch.finfo(torch.float64).tiny
         # Triton's interpreter cuts bfloat16 off where the compiled kernel rounds.
+        if backend == "eager" and dtype in self.eager_tolerance:
+            return self.eager_tolerance[dtype]
         return self.tolerance[dtype] * (2 if dtype == torch.bfloat16 and interpreted(backend) else 1)
 
     def check(self, inputs, backend, **options):
@@ -137,8 +145,9 @@ class Op:
             assert error < limit, f"{name}: expected a relative error below {limit:.2g}, got {error:.2g}"
 
     def subsets(self):
-        """The leaves that want a gradient: each alone, and all."""
-        return [*([name] for name in self.leaves), *([list(self.leaves)] if len(self.leaves) > 1 else [])]
+        """The leaves that want a gradient: those of `alone` each, and all."""
+        alone = self.leaves if self.alone is None else self.alone
+        return [*([name] for name in alone), *([list(self.leaves)] if len(self.leaves) > 1 else [])]
 
 
 def random(shape, dtype=torch.float32, layout="nchw", offset=0.0):

@@ -4,11 +4,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_transkd import IMAGES, STUDENT, TEACHER, Given, outputs, small
 from torch import nn
 
 from transkd_fast import functional
-from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, PatchEmbedding, SelfAttention
-from transkd_fast.transkd import TransKD
+from transkd_fast.nn import (
+    CSF,
+    PEA,
+    CWDLoss,
+    EmbeddingAssistant,
+    GLMixer,
+    HCLLoss,
+    PatchEmbedding,
+    SelfAttention,
+    SyncBatchNorm,
+)
+from transkd_fast.transkd import VARIANTS, TransKD
 
 IN, OUT = (4, 6, 8, 10), (5, 7, 9, 11)
 
@@ -101,10 +112,66 @@ def test_legacy_module_in_processes_started_later_is_rejected(monkeypatch):
         module(maps())
 
 
-def test_synchronised_batch_norm_is_rejected(two_processes):
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(CSF(IN, OUT, 8)[1])
-    with pytest.raises(NotImplementedError, match="SyncBatchNorm"):
-        module(torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 2, 2))
+ABLATIONS = {
+    **{variant: {"variant": variant} for variant in VARIANTS},
+    "cwd": {"feature_loss": "cwd"},
+    "no feature maps": {"features": False},
+    "no embeddings": {"embeddings": ()},
+    "one embedding": {"embeddings": (2,)},
+    "two embeddings": {"embeddings": (1, 3)},
+    "gl without feature maps": {"variant": "gl", "features": False},
+    "gl with its stage alone": {"variant": "gl", "embeddings": (4,), "mixer_residual": True},
+    "ea without feature maps": {"variant": "ea", "features": False},
+    "ea with two embeddings": {"variant": "ea", "embeddings": (2, 4)},
+}
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
+@pytest.mark.parametrize("batch", (1, 2))
+def test_no_parameter_is_left_without_a_gradient(options, batch):
+    """DistributedDataParallel waits for every one of them."""
+    model = small(Given(outputs(STUDENT, batch, requires_grad=True)), **options)
+    sum(model(IMAGES[:batch], outputs(TEACHER, batch, seed=1)).losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_synchronised_batch_norms_keep_parameters_statistics_and_settings():
+    model = CSF(IN, OUT, 8).eval()
+    model[1].fc[1] = nn.SyncBatchNorm(32, eps=0.1, momentum=None, process_group=object())
+    model[2].fc[1].qconfig = "qconfig"
+    model[3].conv2[1] = nn.BatchNorm2d(5, affine=False, track_running_stats=False)
+    before, modules = model.state_dict(keep_vars=True), dict(model.named_modules())
+    converted = SyncBatchNorm.convert_sync_batchnorm(model)
+    assert converted is model
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[name] is tensor for name, tensor in before.items())
+    for name, layer in model.named_modules():
+        if isinstance(modules[name], nn.modules.batchnorm._BatchNorm):
+            assert type(layer) is SyncBatchNorm
+            settings = ("num_features", "eps", "momentum", "affine", "track_running_stats", "training")
+            assert all(getattr(layer, key) == getattr(modules[name], key) for key in settings)
+    assert model[1].fc[1].process_group is modules["1.fc.1"].process_group and model[2].fc[1].qconfig == "qconfig"
+    assert type(SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(3))) is SyncBatchNorm
+
+
+@pytest.mark.parametrize("initialised", (False, True))
+def test_a_synchronised_batch_norm_is_torchs_batch_norm_in_one_process(initialised, tmp_path):
+    if initialised:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        expected, model = nn.BatchNorm2d(3, momentum=None), SyncBatchNorm(3, momentum=None)
+        for _ in range(2):
+            x = torch.randn(2, 3, 4, 5)
+            torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+        torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(model.eval()(x), expected.eval()(x), rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"input of shape \[B, 3, ...\], got \[2, 4\]"):
+            model(torch.zeros(2, 4))
+        if not initialised:  # elsewhere torch's own synchronised forward runs; without processes it takes any device
+            assert SyncBatchNorm(3, device="meta")(torch.zeros(2, 3, 4, device="meta")).shape == (2, 3, 4)
+    finally:
+        if initialised:
+            dist.destroy_process_group()
 
 
 def test_pea():

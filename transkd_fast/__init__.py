@@ -8,7 +8,7 @@ from transkd_fast import functional
 from transkd_fast._extension import build_info
 from transkd_fast.backends import BackendError, count_runs, use_backend
 from transkd_fast.models.outputs import StageOutputs
-from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss
+from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, SyncBatchNorm
 from transkd_fast.transkd import TransKD, TransKDOutput
 
 __version__ = _metadata.version("transkd_fast")
@@ -22,6 +22,7 @@ __all__ = [
     "GLMixer",
     "HCLLoss",
     "StageOutputs",
+    "SyncBatchNorm",
     "TransKD",
     "TransKDOutput",
     "build_info",

@@ -1,9 +1,20 @@
-"""Modules over the ops: CSF, PEA, the GL-Mixer, the embedding assistant, and the losses."""
+"""Modules over the ops: CSF, PEA, the GL-Mixer, the embedding assistant, the losses, and SyncBatchNorm."""
 
 from transkd_fast.nn.csf import CSF
 from transkd_fast.nn.embedding_assistant import EmbeddingAssistant, PatchEmbedding
 from transkd_fast.nn.gl_mixer import GLMixer, SelfAttention
 from transkd_fast.nn.losses import CWDLoss, HCLLoss
 from transkd_fast.nn.pea import PEA
+from transkd_fast.nn.sync_batch_norm import SyncBatchNorm
 
-__all__ = ["CSF", "PEA", "CWDLoss", "EmbeddingAssistant", "GLMixer", "HCLLoss", "PatchEmbedding", "SelfAttention"]
+__all__ = [
+    "CSF",
+    "PEA",
+    "CWDLoss",
+    "EmbeddingAssistant",
+    "GLMixer",
+    "HCLLoss",
+    "PatchEmbedding",
+    "SelfAttention",
+    "SyncBatchNorm",
+]

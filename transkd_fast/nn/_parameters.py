@@ -6,11 +6,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from transkd_fast.functional import BatchNorm
 
 
-def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
+def batch_norm_of(module: _BatchNorm) -> BatchNorm:
     """Collects what an op needs to normalise as the module would.
 
     Args:
@@ -18,14 +19,7 @@ def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
 
     Returns:
         Its parameters, running statistics (not copied) and settings.
-
-    Raises:
-        NotImplementedError: If the statistics would have to be synchronised over processes.
     """
-    if isinstance(module, nn.SyncBatchNorm) and module.training and world_size() > 1:
-        raise NotImplementedError(
-            "CSF: SyncBatchNorm over several processes is not supported; use nn.BatchNorm2d, do not convert the model"
-        )
     return BatchNorm(
         module.weight,
         module.bias,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from transkd_fast import functional
-from transkd_fast.functional import BatchNorm
 from transkd_fast.nn._parameters import batch_norm_of, weight_and_bias, world_size
+from transkd_fast.nn.sync_batch_norm import synchronised_over
+from transkd_fast.ops._collectives import samples_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MIN_SQUEEZE_CHANNELS = 32
 
@@ -22,6 +27,10 @@ class CSF(nn.ModuleList):
 
     A fusing stage computes from the parameters of `conv1[1]`, `fc`, `fc1` and `fcs` without calling these modules, so
     their hooks do not run.
+
+    Over several processes `SyncBatchNorm.convert_sync_batchnorm` synchronises the statistics of the whole module; the
+    processes' batches may then differ in size, but not their images. Each forward asks all processes for their batch
+    sizes, which the host waits for, and each fusing stage costs one collective per direction.
 
     Args:
         in_channels: Student channels, fine to coarse.
@@ -69,19 +78,37 @@ class CSF(nn.ModuleList):
             Maps with the teacher's channels, fine to coarse, shapes [B, C'_m, H_m, W_m].
 
         Raises:
-            ValueError: If the number of maps or their channels do not fit.
+            ValueError: If the number of maps or their channels do not fit, one batch norm of a stage is synchronised
+                and the other is not, or the maps of other processes have another size.
         """
         if [t.dim() for t in maps] != [4] * len(self) or tuple(t.shape[1] for t in maps) != self.in_channels:
             raise ValueError(
                 f"CSF: expected {len(self)} maps [B, C, H, W] with channels {list(self.in_channels)}, fine to coarse,"
                 f" got shapes {[list(t.shape) for t in maps]}"
             )
+        stages: Any = self
+        self._reject_torchs_sync_batch_norm(maps[0])
+        groups = [stage.process_group() for stage in stages]
+        # In the order of stages, which is the same on all processes.
+        samples = {
+            group: None if group is None else samples_of(maps[0].shape, group, maps[0].device)
+            for group in dict.fromkeys(groups)
+        }
         outputs: list[Tensor] = []
         fused: Tensor | None = None
-        for stage, x in zip(self, reversed(maps), strict=True):
-            output, fused = stage(x, fused)
+        for stage, x, group in zip(stages, reversed(maps), groups, strict=True):
+            output, fused = stage(x, fused, samples[group])
             outputs.insert(0, output)
         return outputs
+
+    def _reject_torchs_sync_batch_norm(self, x: Tensor) -> None:
+        stages: Any = self
+        called = [stages[0].conv1[1], *(stage.conv2[1] for stage in stages)]
+        if x.device.type == "cpu" and any(isinstance(bn, nn.SyncBatchNorm) and synchronised_over(bn) for bn in called):
+            raise ValueError(
+                "CSF: expected batch norms that run on CPU, got torch.nn.SyncBatchNorm; use"
+                " transkd_fast.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
+            )
 
 
 class _Stage(nn.Module):
@@ -104,13 +131,15 @@ class _Stage(nn.Module):
             self.fc1 = nn.Sequential(fc1 if legacy else _Unused(fc1.weight))
             self.fcs = nn.ModuleList(nn.Conv2d(squeezed, mid_channels, 1) for _ in range(2))
 
-    def forward(self, x: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
-        fused = self.conv1(x) if coarser is None else self._fuse(x, coarser)
+    def forward(self, x: Tensor, coarser: Tensor | None, samples: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        fused = self.conv1(x) if coarser is None else self._fuse(x, coarser, samples)
         return self.conv2(fused), fused
 
-    def _fuse(self, x: Tensor, coarser: Tensor) -> Tensor:
+    def _fuse(self, x: Tensor, coarser: Tensor, samples: Sequence[int] | None) -> Tensor:
         fc_weight = cast(Tensor, self.fc[0].weight).flatten(1)
-        fc_bn: BatchNorm | None = batch_norm_of(cast(nn.BatchNorm2d, self.fc[1]))
+        norms = self._batch_norms()
+        bn = batch_norm_of(norms[0])
+        fc_bn: functional.BatchNorm | None = batch_norm_of(norms[1])
         if self.legacy:
             reject_legacy_over_processes()
             if x.shape[0] == 1:
@@ -118,7 +147,26 @@ class _Stage(nn.Module):
         (weight_0, bias_0), (weight_1, bias_1) = (weight_and_bias(head) for head in self.fcs)
         heads = (weight_0.flatten(1), bias_0), (weight_1.flatten(1), bias_1)
         z = self.conv1[0](x)
-        return functional.csf(z, coarser, batch_norm_of(cast(nn.BatchNorm2d, self.conv1[1])), fc_weight, fc_bn, heads)
+        return functional.csf(
+            z, coarser, bn, fc_weight, fc_bn, heads, process_group=self.process_group(), samples=samples
+        )
+
+    def _batch_norms(self) -> tuple[_BatchNorm, _BatchNorm]:
+        return cast(_BatchNorm, self.conv1[1]), cast(_BatchNorm, self.fc[1])
+
+    def process_group(self) -> ProcessGroup | None:
+        """Finds the processes over which the op's batch norms take their statistics now; None for this one alone."""
+        if not hasattr(self, "fc"):
+            return None
+        norms = [bn for bn in self._batch_norms() if bn.training or bn.running_mean is None]
+        groups = {synchronised_over(bn) for bn in norms}
+        if len(groups) > 1:
+            raise ValueError(
+                "CSF: expected the batch norms of conv1 and fc to be synchronised over the same processes, got"
+                f" {' and '.join(type(bn).__name__ for bn in norms)}; convert the whole model with"
+                " transkd_fast.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
+            )
+        return next(iter(groups), None)
 
 
 class _Unused(nn.Module):

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, "Tensor | None")
+
+
+def distinct(tensors: Sequence[OptionalTensor]) -> list[OptionalTensor]:
+    """Replaces repeated tensors by views, since torch.compile takes no Function with the same one twice.
+
+    Args:
+        tensors: inputs of a Function; None stays.
+
+    Returns:
+        The same values, each tensor once.
+    """
+    result: list[OptionalTensor] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in result):
+            tensor = tensor.view_as(tensor)
+        result.append(tensor)
+    return result
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from transkd_fast.reference._common import BatchNorm, values_per_channel
+from transkd_fast.reference._common import BatchNorm
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -136,7 +136,7 @@ def check_batch_norm(op: str, name: str, bn: BatchNorm, channels: int, device: t
         raise ValueError(f"{op}: expected {name}.num_batches_tracked with momentum=None, got None")
 
 
-def check_batch_statistics(op: str, name: str, tensor: Tensor, bn: BatchNorm) -> None:
+def check_batch_statistics(op: str, name: str, tensor: Tensor, bn: BatchNorm, samples: int) -> None:
     """Checks that a batch norm in training has more than one value per channel.
 
     Args:
@@ -144,11 +144,12 @@ def check_batch_statistics(op: str, name: str, tensor: Tensor, bn: BatchNorm) ->
         name: Name of the normalised argument, for the message.
         tensor: The normalised argument, shape [B, C, H, W].
         bn: The batch norm.
+        samples: Samples over which it takes its statistics: B, or those of several processes.
 
     Raises:
         ValueError: If there is a single value per channel.
     """
-    if (bn.training or bn.running_mean is None) and values_per_channel(tensor) == 1:
+    if (bn.training or bn.running_mean is None) and samples * tensor.shape[2:].numel() == 1:
         raise ValueError(
             f"{op}: expected more than 1 value per channel in {name} when training, got shape {list(tensor.shape)}; "
             "use a larger batch or image, or eval mode"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transkd_fast import backends
 from transkd_fast.ops import _checks, _registration
-from transkd_fast.ops._autograd import first_derivative
+from transkd_fast.ops._autograd import distinct, first_derivative
 from transkd_fast.reference.hcl import hcl as hcl_reference
 
 OP = "hcl"
@@ -201,9 +201,6 @@ def _run(
             total = total + hcl_reference(student, teacher) * weight
         return total
     pairs = [_same_dense_layout(student, teacher) for student, teacher in zip(students, teachers, strict=True)]
-    maps: list[Tensor] = []
-    for m in [pair[0] for pair in pairs] + [pair[1] for pair in pairs]:
-        # torch.compile takes no Function with the same tensor twice among its inputs.
-        maps.append(m.view_as(m) if any(m is other for other in maps) else m)
+    maps = distinct([pair[0] for pair in pairs] + [pair[1] for pair in pairs])
     grad_enabled = torch.is_grad_enabled() and any(m.requires_grad for m in maps)
     return _HCL.apply(chosen, tuple(float(weight) for weight in weights), grad_enabled, *maps)

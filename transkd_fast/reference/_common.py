@@ -86,23 +86,37 @@ def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:
     if not bn.training:
         mean, var = bn.running_mean.to(x.dtype), bn.running_var.to(x.dtype)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=bn.eps)
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
     if bn.momentum is not None and bn.running_mean.dtype == bn.running_var.dtype == x.dtype:
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
         return F.batch_norm(x, bn.running_mean, bn.running_var, weight, bias, True, bn.momentum, bn.eps)
-    _update_running_statistics(x.detach(), bn, bn.running_mean, bn.running_var)
+    var, mean = torch.var_mean(x.detach(), dim=[0, *range(2, x.dim())], correction=1)
+    move_running_statistics(bn, mean, var)
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=bn.eps)
 
 
-def _update_running_statistics(x: Tensor, bn: BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
-    """Moves running statistics of another dtype or by a cumulative average; nothing is read on the host."""
+def move_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Moves a batch norm's running statistics towards those of a batch and counts it; nothing is read on the host.
+
+    Args:
+        bn: The batch norm; its running statistics and counter are updated in place where it has them.
+        mean: The batch's mean, shape [C], any floating dtype.
+        var: Its unbiased variance, shape [C], in mean's dtype.
+
+    Raises:
+        ValueError: If momentum is None (cumulative average) and the batches are not counted.
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        return
+    if bn.momentum is None and bn.num_batches_tracked is None:
+        raise ValueError("batch_norm: expected num_batches_tracked with momentum=None (cumulative average), got None")
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
     factor: float | Tensor
     if bn.momentum is not None:
         factor = bn.momentum
-    elif bn.num_batches_tracked is not None:
-        factor = bn.num_batches_tracked.to(x.dtype).reciprocal()
     else:
-        raise ValueError("batch_norm: expected num_batches_tracked with momentum=None (cumulative average), got None")
-    var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=1)
-    for running, new in ((running_mean, mean), (running_var, var)):
-        running.copy_(torch.lerp(running.to(x.dtype), new, factor))
+        assert bn.num_batches_tracked is not None
+        factor = bn.num_batches_tracked.to(mean.dtype).reciprocal()
+    for running, new in ((bn.running_mean, mean), (bn.running_var, var)):
+        running.copy_(torch.lerp(running.to(new.dtype), new, factor))

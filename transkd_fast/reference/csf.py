@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transkd_fast.reference._common import BatchNorm, batch_norm, compute_dtype, values_per_channel, without_autocast
+from transkd_fast.reference._common import (
+    BatchNorm,
+    as_dtype,
+    batch_norm,
+    compute_dtype,
+    move_running_statistics,
+    values_per_channel,
+    without_autocast,
+)
 
 Heads = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def csf(z: Tensor, y: Tensor, bn: BatchNorm, fc_weight: Tensor, fc_bn: BatchNorm | None, heads: Heads) -> Tensor:
+class GlobalBatch(NamedTuple):
+    """A batch of which z and y hold some samples only, the others being at other processes.
+
+    Args:
+        gather: Maps this process's rows, [B, ...], to those of all samples, [K, ...]; differentiable.
+        first: Index of this process's first sample among the K.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    first: int
+
+
+def csf(
+    z: Tensor,
+    y: Tensor,
+    bn: BatchNorm,
+    fc_weight: Tensor,
+    fc_bn: BatchNorm | None,
+    heads: Heads,
+    global_batch: GlobalBatch | None = None,
+) -> Tensor:
     """Fuses a stage's map with the coarser stage's fused map: v = a_0 BN(z) + a_1 up(y).
 
     up is nearest upsampling to z's size; g is the mean over pixels of BN(z) + up(y); r = ReLU(BN(W_fc g)); the
@@ -25,25 +56,55 @@ def csf(z: Tensor, y: Tensor, bn: BatchNorm, fc_weight: Tensor, fc_bn: BatchNorm
         fc_bn: Batch norm of the squeeze layer over L channels, or None for none. Where it sees a single value per
             channel in training, it normalises with its running statistics and leaves them as they are.
         heads: ((W_0, b_0), (W_1, b_1)), each W of shape [M, L], each b of shape [M]; 0 weighs BN(z), 1 weighs up(y).
+        global_batch: The batch whose statistics both batch norms take in training; default these B samples.
 
     Returns:
         The fused map v, shape [B, M, H, W], in z's dtype.
 
     Raises:
-        ValueError: In training, if a channel of z has a single value.
+        ValueError: In training, if a channel of z has a single value in the whole batch.
 
     Source: TransKD section III-C (cross selective fusion).
     """
     dtype = compute_dtype(z, y)
     with without_autocast(z):
-        x = batch_norm(z.to(dtype), bn)
         up = F.interpolate(y.to(dtype), size=z.shape[2:], mode="nearest")
-        squeezed = F.linear((x + up).mean(dim=(2, 3)), fc_weight.to(dtype))
+        if global_batch is None:
+            x = batch_norm(z.to(dtype), bn)
+            pooled = (x + up).mean(dim=(2, 3))
+        else:
+            x, pooled = _normalise_over(global_batch, z.to(dtype), up, bn)
+        squeezed = F.linear(pooled, fc_weight.to(dtype))
         if fc_bn is not None:
             if values_per_channel(squeezed) == 1:
                 fc_bn = fc_bn._replace(training=False)
             squeezed = batch_norm(squeezed, fc_bn)
         r = squeezed.relu()
+        if global_batch is not None:
+            r = r[global_batch.first : global_batch.first + z.shape[0]]
         logits = torch.stack([F.linear(r, weight.to(dtype), bias.to(dtype)) for weight, bias in heads])
         a = logits.softmax(dim=0)[..., None, None]
         return (a[0] * x + a[1] * up).to(z.dtype)
+
+
+def _normalise_over(global_batch: GlobalBatch, z: Tensor, up: Tensor, bn: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Computes BN(z) of these samples, [B, M, H, W], and the means of BN(z) + up(y) over pixels, of all [K, M]."""
+    pixels = z.shape[2:].numel()
+    own_mean = z.mean(dim=(2, 3))
+    own_squares = (z - own_mean[..., None, None]).square().sum(dim=(2, 3))
+    rows = global_batch.gather(torch.stack([own_mean, own_squares, up.mean(dim=(2, 3))], dim=1))
+    means, squares, up_means = rows.unbind(1)
+    if bn.training or bn.running_mean is None or bn.running_var is None:
+        mean, count = means.mean(dim=0), means.shape[0] * pixels
+        if count == 1:
+            raise ValueError("csf: expected more than 1 value per channel of z over all processes in training, got 1")
+        var = (squares + pixels * (means - mean).square()).sum(dim=0) / count
+        if bn.training:
+            move_running_statistics(bn, mean.detach(), var.detach() * (count / (count - 1)))
+    else:
+        mean, var = bn.running_mean.to(z.dtype), bn.running_var.to(z.dtype)
+    weight, bias = as_dtype(bn.weight, z.dtype), as_dtype(bn.bias, z.dtype)
+    scale = (var + bn.eps).rsqrt() if weight is None else weight * (var + bn.eps).rsqrt()
+    shift = torch.zeros_like(scale) if bias is None else bias
+    x = (z - mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]
+    return x, (means - mean) * scale + shift + up_means

@@ -1,0 +1,400 @@
+// The part of csf that works on [samples, channels] only: statistics, squeeze layers, attention, and their gradients.
+// It is a few thousand numbers, so it is computed in double throughout: the squeeze layer's batch norm over two samples
+// can amplify an error a thousandfold.
+//
+// The functions are run by a team of threads: a `Team` has each(count, f), which calls f(0) ... f(count - 1) in any
+// order, on any thread, and returns when all are done. So one text serves CPU (one thread) and CUDA (one block).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/half.h"
+#include "common/host_device.h"
+#include "common/storage_type.h"
+
+namespace transkd {
+namespace csf {
+
+enum class Norm : int64_t { kNone, kRunning, kBatch, kTracked };  // kTracked: kBatch that updates running statistics
+
+TRANSKD_INLINE bool of_batch(Norm norm) { return norm == Norm::kBatch || norm == Norm::kTracked; }
+
+// A small tensor of any floating dtype, or none.
+struct Values {
+  void* data = nullptr;
+  StorageType type = StorageType::kFloat;
+
+  TRANSKD_INLINE bool given() const { return data != nullptr; }
+
+  TRANSKD_INLINE double operator[](int64_t i) const {
+    if (type == StorageType::kFloat) return static_cast<const float*>(data)[i];
+    if (type == StorageType::kDouble) return static_cast<const double*>(data)[i];
+    if (type == StorageType::kBFloat16) return load(static_cast<const BFloat16*>(data)[i]);
+    return load(static_cast<const Half*>(data)[i]);
+  }
+
+  TRANSKD_INLINE double get(int64_t i, double otherwise) const { return given() ? (*this)[i] : otherwise; }
+
+  // Nothing where there is no tensor.
+  TRANSKD_INLINE void set(int64_t i, double value) const {
+    if (!given()) return;
+    if (type == StorageType::kFloat) static_cast<float*>(data)[i] = static_cast<float>(value);
+    if (type == StorageType::kDouble) static_cast<double*>(data)[i] = value;
+    if (type == StorageType::kBFloat16) store(static_cast<BFloat16*>(data) + i, static_cast<float>(value));
+    if (type == StorageType::kHalf) store(static_cast<Half*>(data) + i, static_cast<float>(value));
+  }
+};
+
+struct BatchNorm {
+  Norm norm;
+  Values weight, bias, running_mean, running_var;
+  int64_t* batches = nullptr;  // num_batches_tracked
+  double eps;
+  double momentum;
+  bool cumulative;  // the average over all batches instead of momentum
+};
+
+// The parameters' gradients have the same form.
+struct Layers {
+  Values fc;                            // [squeezed, channels]
+  Values head_weight[2], head_bias[2];  // [channels, squeezed], [channels]
+};
+
+struct Sizes {
+  int64_t samples;       // of the global batch, over which the squeeze layer normalises
+  int64_t first, batch;  // our own: [first, first + batch)
+  int64_t channels, squeezed;
+  int64_t pixels;  // of a plane of z
+
+  TRANSKD_INLINE int64_t planes() const { return samples * channels; }
+  TRANSKD_INLINE int64_t entries() const { return samples * squeezed; }
+  TRANSKD_INLINE double values() const { return static_cast<double>(samples) * static_cast<double>(pixels); }
+  TRANSKD_INLINE bool own(int64_t sample) const { return sample >= first && sample < first + batch; }
+};
+
+// How a plane is cut into parts of whole runs of 64 pixels; the last ones may be empty.
+struct Parts {
+  int64_t pixels, length;
+
+  TRANSKD_INLINE Parts(int64_t plane_pixels, int64_t count)
+      : pixels(plane_pixels), length(((plane_pixels + count - 1) / count + 63) / 64 * 64) {}
+  TRANSKD_INLINE int64_t begin(int64_t part) const { return part * length < pixels ? part * length : pixels; }
+  TRANSKD_INLINE int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
+};
+
+// What the forward leaves for the backward: one vector of doubles in sections.
+struct State {
+  double *mean, *invstd;            // [channels]
+  double* fc_invstd;                // [squeezed]
+  double *logit, *pooled, *centre;  // [samples, channels]: l_0 - l_1; g; mean of z less the channel's
+  double* squeezed;                 // [samples, squeezed]: normalised, before affine and ReLU
+
+  TRANSKD_INLINE State(double* data, const Sizes& sizes)
+      : mean(data),
+        invstd(mean + sizes.channels),
+        fc_invstd(invstd + sizes.channels),
+        logit(fc_invstd + sizes.squeezed),
+        pooled(logit + sizes.planes()),
+        centre(pooled + sizes.planes()),
+        squeezed(centre + sizes.planes()) {}
+
+  static int64_t size(const Sizes& sizes) {
+    return 2 * sizes.channels + sizes.squeezed + 3 * sizes.planes() + sizes.entries();
+  }
+};
+
+// What the large passes read: rows [batch, channels] of the compute type.
+//   v  = scale (z - shift) + offset + up_weight up(y)
+//   dz = grad_weight G + z_weight (z - shift) + constant,  dy = up_weight (sum of G over the window) + pixel_share m
+template <class T>
+struct Coefficients {
+  T *scale, *shift, *offset, *up_weight;
+  T *grad_weight, *z_weight, *constant, *pixel_share;
+
+  static constexpr int64_t kRows = 8;
+  Coefficients() = default;
+  TRANSKD_INLINE Coefficients(T* data, const Sizes& sizes) {
+    T** const rows[kRows] = {&scale, &shift, &offset, &up_weight, &grad_weight, &z_weight, &constant, &pixel_share};
+    for (int64_t k = 0; k < kRows; ++k) *rows[k] = data + k * sizes.batch * sizes.channels;
+  }
+};
+
+TRANSKD_INLINE double logistic(double x) { return 1 / (1 + exp(-x)); }
+// Passes NaN, as torch's ReLU does.
+TRANSKD_INLINE double relu(double x) { return x <= 0 ? 0 : x; }
+
+// The weight of new statistics in the running ones.
+TRANSKD_INLINE double share_of_new(const BatchNorm& bn) {
+  return bn.cumulative ? 1 / static_cast<double>(*bn.batches + 1) : bn.momentum;
+}
+
+// Moves the running statistics of one channel; variance is the biased one over `count` values.
+TRANSKD_INLINE void track(const BatchNorm& bn, int64_t channel, double mean, double variance, double count) {
+  if (bn.norm != Norm::kTracked) return;
+  const double share = share_of_new(bn);
+  const auto move = [&](const Values& running, double value) {
+    const double old = running[channel];
+    running.set(channel, old + share * (value - old));
+  };
+  move(bn.running_mean, mean);
+  move(bn.running_var, variance * (count / (count - 1)));
+}
+
+// Sums over the parts [first, last) of a plane that csf_reduce cut, additive over ranges of parts.
+struct Moments {
+  double z = 0, squares = 0, y = 0;  // z and squares about `about`
+
+  // sums [samples, parts, 3, channels].
+  TRANSKD_INLINE static const double* entry(const double* sums, int64_t sample, int64_t part, int64_t parts,
+                                            int64_t channel, int64_t channels) {
+    return sums + (sample * parts + part) * 3 * channels + channel;
+  }
+
+  TRANSKD_INLINE void add(const double* entry, int64_t channels, double pixels, double about) {
+    if (pixels == 0) {
+      y += entry[2 * channels];
+      return;
+    }
+    const double distance = entry[0] - about;
+    z += pixels * distance;
+    squares += entry[channels] + pixels * distance * distance;
+    y += entry[2 * channels];
+  }
+};
+
+// Calls then(i, the sum of term(i, k) over k < length) for all i < count. CUDA's team has an overload, by which several
+// threads share a sum.
+template <class Team, class Term, class Then>
+TRANSKD_INLINE void each_sum(const Team& team, int64_t count, int64_t length, Term term, Then then) {
+  team.each(count, [&](int64_t i) {
+    double sum = 0;
+    for (int64_t k = 0; k < length; ++k) sum += term(i, k);
+    then(i, sum);
+  });
+}
+
+// Where the merged moments of all planes stand before attention(): in sections of the state that it fills later.
+TRANSKD_INLINE void put_moments(const State& state, const Sizes& sizes, int64_t plane, const Moments& moments,
+                                double about) {
+  const double pixels = static_cast<double>(sizes.pixels);
+  state.centre[plane] = about + moments.z / pixels;
+  state.logit[plane] = moments.squares - moments.z * (moments.z / pixels);
+  state.pooled[plane] = moments.y / pixels;
+}
+
+// The forward, after put_moments() of every plane: fills state and the coefficients of the forward, updates running
+// statistics and counters.
+template <class Team, class T>
+TRANSKD_INLINE void attention(const Team& team, const Sizes& sizes, const BatchNorm& bn, const BatchNorm& fc_bn,
+                              const Layers& layers, const State& state, const Coefficients<T>& out) {
+  const int64_t channels = sizes.channels, squeezed = sizes.squeezed;
+  team.each(channels, [&](int64_t c) {
+    double mean, variance;
+    if (of_batch(bn.norm)) {
+      double sum = 0, squares = 0;
+      for (int64_t b = 0; b < sizes.samples; ++b) sum += state.centre[b * channels + c];
+      mean = sum / static_cast<double>(sizes.samples);
+      for (int64_t b = 0; b < sizes.samples; ++b) {
+        const double distance = state.centre[b * channels + c] - mean;
+        squares += state.logit[b * channels + c] + static_cast<double>(sizes.pixels) * distance * distance;
+      }
+      variance = squares / sizes.values();
+      track(bn, c, mean, variance, sizes.values());
+    } else {
+      mean = bn.running_mean[c];
+      variance = bn.running_var[c];
+    }
+    const double invstd = 1 / sqrt(variance + bn.eps);
+    const double scale = bn.weight.get(c, 1) * invstd, bias = bn.bias.get(c, 0);
+    state.mean[c] = mean;
+    state.invstd[c] = invstd;
+    for (int64_t b = 0; b < sizes.samples; ++b) {
+      const int64_t plane = b * channels + c;
+      state.centre[plane] -= mean;
+      state.pooled[plane] += scale * state.centre[plane] + bias;
+    }
+  });
+  each_sum(
+      team, sizes.entries(), channels,
+      [&](int64_t i, int64_t c) {
+        return layers.fc[i % squeezed * channels + c] * state.pooled[i / squeezed * channels + c];
+      },
+      [&](int64_t i, double sum) { state.squeezed[i] = sum; });
+  team.each(squeezed, [&](int64_t l) {
+    double mean = 0, invstd = 1;
+    if (of_batch(fc_bn.norm)) {
+      const double count = static_cast<double>(sizes.samples);
+      double sum = 0, squares = 0;
+      for (int64_t b = 0; b < sizes.samples; ++b) sum += state.squeezed[b * squeezed + l];
+      mean = sum / count;
+      for (int64_t b = 0; b < sizes.samples; ++b) {
+        const double distance = state.squeezed[b * squeezed + l] - mean;
+        squares += distance * distance;
+      }
+      invstd = 1 / sqrt(squares / count + fc_bn.eps);
+      track(fc_bn, l, mean, squares / count, count);
+    } else if (fc_bn.norm == Norm::kRunning) {
+      mean = fc_bn.running_mean[l];
+      invstd = 1 / sqrt(fc_bn.running_var[l] + fc_bn.eps);
+    }
+    state.fc_invstd[l] = invstd;
+    for (int64_t b = 0; b < sizes.samples; ++b) {
+      double& entry = state.squeezed[b * squeezed + l];
+      entry = (entry - mean) * invstd;
+    }
+  });
+  // The softmax over two heads depends on the difference of their logits only.
+  const auto term = [&](int64_t plane, int64_t l) {
+    const int64_t entry = plane % channels * squeezed + l;
+    const double s = state.squeezed[plane / channels * squeezed + l];
+    return (layers.head_weight[0][entry] - layers.head_weight[1][entry]) *
+           relu(fc_bn.weight.get(l, 1) * s + fc_bn.bias.get(l, 0));
+  };
+  each_sum(team, sizes.planes(), squeezed, term, [&](int64_t plane, double sum) {
+    const int64_t b = plane / channels, c = plane % channels;
+    // No channel reads the counters any more.
+    if (plane == 0 && bn.norm == Norm::kTracked && bn.batches) ++*bn.batches;
+    if (plane == 0 && fc_bn.norm == Norm::kTracked && fc_bn.batches) ++*fc_bn.batches;
+    const double difference = sum + (layers.head_bias[0][c] - layers.head_bias[1][c]);
+    const double logit = difference + 0 * difference;  // an infinite parameter shall show, not saturate
+    state.logit[plane] = logit;
+    if (!sizes.own(b)) return;
+    const int64_t row = plane - sizes.first * channels;
+    const double mean = state.mean[c], scale = bn.weight.get(c, 1) * state.invstd[c];
+    const double attention = logistic(logit);
+    const T shift = static_cast<T>(mean);
+    out.shift[row] = shift;
+    out.scale[row] = static_cast<T>(attention * scale);
+    out.offset[row] = static_cast<T>(attention * (bn.bias.get(c, 0) - scale * (mean - static_cast<double>(shift))));
+    out.up_weight[row] = static_cast<T>(logistic(-logit));
+  });
+}
+
+// Scratch of the backward, in doubles.
+struct Scratch {
+  double *grad, *grad_z,
+      *grad_y;         // [samples, channels]: sums of G, G (z - mean), G up(y); grad_y then dL/dlogit, dL/dg
+  double* activation;  // [samples, squeezed]: dL/dr, then dL/ds
+  double* logit;       // [samples, channels]: dL/dlogit
+
+  TRANSKD_INLINE Scratch(double* data, const Sizes& sizes)
+      : grad(data),
+        grad_z(grad + sizes.planes()),
+        grad_y(grad_z + sizes.planes()),
+        activation(grad_y + sizes.planes()),
+        logit(activation + sizes.entries()) {}
+
+  static int64_t size(const Sizes& sizes) { return 4 * sizes.planes() + sizes.entries(); }
+};
+
+// Gradients of a batch norm's affine parameters.
+struct AffineGradients {
+  Values weight, bias;
+};
+
+// The backward, after the sums of every plane stand in scratch.grad, grad_z and grad_y. Gradients of parameters are our
+// own samples' share, those that are not given are left out; coefficients are those of the backward.
+template <class Team, class T>
+TRANSKD_INLINE void attention_backward(const Team& team, const Sizes& sizes, const BatchNorm& bn,
+                                       const BatchNorm& fc_bn, const Layers& layers, const State& state,
+                                       const Scratch& scratch, const AffineGradients& bn_gradients,
+                                       const AffineGradients& fc_bn_gradients, const Layers& gradients,
+                                       const Coefficients<T>& out) {
+  const int64_t channels = sizes.channels, squeezed = sizes.squeezed, end = sizes.first + sizes.batch;
+  const auto activation = [&](int64_t b, int64_t l) {
+    return fc_bn.weight.get(l, 1) * state.squeezed[b * squeezed + l] + fc_bn.bias.get(l, 0);
+  };
+  team.each(sizes.planes(), [&](int64_t plane) {
+    const int64_t c = plane % channels;
+    const double scale = bn.weight.get(c, 1) * state.invstd[c], logit = state.logit[plane];
+    const double attention =
+        scale * scratch.grad_z[plane] + bn.bias.get(c, 0) * scratch.grad[plane] - scratch.grad_y[plane];
+    scratch.logit[plane] = logistic(logit) * logistic(-logit) * attention;
+  });
+  each_sum(
+      team, sizes.entries(), channels,
+      [&](int64_t i, int64_t c) {
+        const int64_t entry = c * squeezed + i % squeezed;
+        return scratch.logit[i / squeezed * channels + c] *
+               (layers.head_weight[0][entry] - layers.head_weight[1][entry]);
+      },
+      [&](int64_t i, double sum) { scratch.activation[i] = activation(i / squeezed, i % squeezed) <= 0 ? 0 : sum; });
+  team.each(squeezed, [&](int64_t l) {
+    double sum = 0, product = 0, own_sum = 0, own_product = 0;
+    for (int64_t b = 0; b < sizes.samples; ++b) {
+      const double value = scratch.activation[b * squeezed + l];
+      sum += value;
+      product += value * state.squeezed[b * squeezed + l];
+      if (sizes.own(b)) {
+        own_sum += value;
+        own_product += value * state.squeezed[b * squeezed + l];
+      }
+    }
+    fc_bn_gradients.weight.set(l, own_product);
+    fc_bn_gradients.bias.set(l, own_sum);
+    if (fc_bn.norm == Norm::kNone) return;
+    const double scale = fc_bn.weight.get(l, 1) * state.fc_invstd[l], count = static_cast<double>(sizes.samples);
+    for (int64_t b = 0; b < sizes.samples; ++b) {
+      double& value = scratch.activation[b * squeezed + l];
+      if (of_batch(fc_bn.norm)) value -= sum / count + state.squeezed[b * squeezed + l] * (product / count);
+      value *= scale;
+    }
+  });
+  each_sum(
+      team, sizes.planes(), squeezed,
+      [&](int64_t plane, int64_t l) {
+        return scratch.activation[plane / channels * squeezed + l] * layers.fc[l * channels + plane % channels];
+      },
+      [&](int64_t plane, double sum) { scratch.grad_y[plane] = sum; });
+  team.each(squeezed * channels, [&](int64_t i) {
+    const int64_t l = i / channels, c = i % channels;
+    double squeeze = 0, head = 0;
+    for (int64_t b = sizes.first; b < end; ++b) {
+      squeeze += scratch.activation[b * squeezed + l] * state.pooled[b * channels + c];
+      head += scratch.logit[b * channels + c] * relu(activation(b, l));
+    }
+    gradients.fc.set(i, squeeze);
+    gradients.head_weight[0].set(c * squeezed + l, head);
+    gradients.head_weight[1].set(c * squeezed + l, -head);
+  });
+  team.each(channels, [&](int64_t c) {
+    const double pixels = static_cast<double>(sizes.pixels);
+    double sum = 0, product = 0, own_sum = 0, own_product = 0, head = 0;
+    for (int64_t b = 0; b < sizes.samples; ++b) {
+      const int64_t plane = b * channels + c;
+      const double weight = logistic(state.logit[plane]), pooled = scratch.grad_y[plane];
+      const double dx = weight * scratch.grad[plane] + pooled;
+      const double dx_z = weight * scratch.grad_z[plane] + pooled * state.centre[plane];
+      sum += dx;
+      product += dx_z;
+      if (sizes.own(b)) {
+        own_sum += dx;
+        own_product += dx_z;
+        head += scratch.logit[plane];
+      }
+    }
+    const double invstd = state.invstd[c], mean = state.mean[c], scale = bn.weight.get(c, 1) * invstd;
+    bn_gradients.weight.set(c, own_product * invstd);
+    bn_gradients.bias.set(c, own_sum);
+    gradients.head_bias[0].set(c, head);
+    gradients.head_bias[1].set(c, -head);
+    const bool batch = of_batch(bn.norm);
+    const double z_weight = batch ? -scale * invstd * (product * invstd / sizes.values()) : 0;
+    const double constant = batch ? sum / sizes.values() : 0;
+    for (int64_t b = sizes.first; b < end; ++b) {
+      const int64_t plane = b * channels + c, row = plane - sizes.first * channels;
+      const T shift = static_cast<T>(mean);
+      const double pooled = scratch.grad_y[plane] / pixels;
+      out.shift[row] = shift;
+      out.grad_weight[row] = static_cast<T>(scale * logistic(state.logit[plane]));
+      out.z_weight[row] = static_cast<T>(z_weight);
+      out.constant[row] = static_cast<T>(scale * (pooled - constant) + z_weight * (static_cast<double>(shift) - mean));
+      out.up_weight[row] = static_cast<T>(logistic(-state.logit[plane]));
+      out.pixel_share[row] = static_cast<T>(pooled);
+    }
+  });
+}
+
+}  // namespace csf
+}  // namespace transkd
