@@ -332,7 +332,7 @@ class TestCSF(OpChecks):
             ("csf_reduce", 1, y.double(), "float64 does not mix"),
             ("csf_reduce", 1, y.contiguous(memory_format=torch.channels_last), "in z's layout"),
             ("csf_reduce", 0, z[..., ::2], "contiguous or channels-last"),
-            ("csf_reduce", 2, 0, "parts"),
+            ("csf_reduce", 2, 0, "part"),
             ("csf_fuse", 2, calls["csf_fuse"][2].float(), "float64 sums"),
             ("csf_fuse", 3, 2, "samples from 2 on"),
             ("csf_fuse", 4, [None] * 8, "expected 9 parameters"),

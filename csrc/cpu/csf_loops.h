@@ -83,7 +83,8 @@ TRANSKD_INLINE void join_loop(double before, double count, int64_t channels, con
   }
 }
 
-// sums += times (sum over pixels of y width), in double: y is small, and its mean goes into the attention as it is.
+// sums += times (sum over pixels of y width), in double: y is small, and its mean goes into the attention as it is. A
+// pixel of width 0 is read by none, so its NaN does not count.
 template <class T>
 TRANSKD_INLINE void plane_weighted_loop(const T* y, const T* widths, int64_t pixels, double times, double* sums) {
   using Narrow = Vector<T, 8 * sizeof(T)>;
@@ -95,12 +96,13 @@ TRANSKD_INLINE void plane_weighted_loop(const T* y, const T* widths, int64_t pix
       Narrow value, width;
       value.load(y + i + k * Narrow::kSize);
       width.load(widths + i + k * Narrow::kSize);
+      value.lanes = width.lanes > 0 ? value.lanes : typename Narrow::Lanes{};
       sum[k].lanes += __builtin_convertvector(value.lanes, typename Wide::Lanes) *
                       __builtin_convertvector(width.lanes, typename Wide::Lanes);
     }
   }
   double rest = 0;
-  for (; i < pixels; ++i) rest += static_cast<double>(y[i]) * static_cast<double>(widths[i]);
+  for (; i < pixels; ++i) rest += widths[i] > 0 ? static_cast<double>(y[i]) * static_cast<double>(widths[i]) : 0;
   sum[0].lanes += sum[1].lanes;
   *sums += times * (sum[0].sum() + rest);
 }
@@ -110,6 +112,7 @@ TRANSKD_INLINE void pixel_weighted_loop(const T* y, const T* widths, int64_t pix
                                         double* __restrict sums) {
   for (int64_t p = 0; p < pixels; ++p, y += channels) {
     const double weight = times * static_cast<double>(widths[p]);
+    if (weight == 0) continue;
     for (int64_t c = 0; c < channels; ++c) sums[c] += weight * static_cast<double>(y[c]);
   }
 }

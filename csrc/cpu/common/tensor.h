@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/layout.h"
 #include "common/half.h"
+#include "common/layout.h"
 
 namespace transkd {
 
