@@ -273,10 +273,10 @@ TRANSKD_INLINE void attention(const Team& team, const Sizes& sizes, const BatchN
 
 // Scratch of the backward, in doubles.
 struct Scratch {
-  double *grad, *grad_z,
-      *grad_y;         // [samples, channels]: sums of G, G (z - mean), G up(y); grad_y then dL/dlogit, dL/dg
-  double* activation;  // [samples, squeezed]: dL/dr, then dL/ds
-  double* logit;       // [samples, channels]: dL/dlogit
+  double *grad, *grad_z;  // [samples, channels]: sums of G and G (z - mean)
+  double* grad_y;         // [samples, channels]: sums of G up(y), then dL/dg
+  double* activation;     // [samples, squeezed]: dL/dr, then dL/ds
+  double* logit;          // [samples, channels]: dL/dlogit
 
   TRANSKD_INLINE Scratch(double* data, const Sizes& sizes)
       : grad(data),
