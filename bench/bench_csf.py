@@ -27,7 +27,10 @@ SAMPLE_SPREAD = 0.03
 
 
 class PublishedFusion(nn.Module):
-    """The published fusion as plain modules in their own dtype, from the batch norm of the 1 x 1 convolution on."""
+    """The published fusion as plain modules in their own dtype, from the batch norm of the 1 x 1 convolution on.
+
+    As in selective-kernel networks, both branches are stacked before they are summed, weighted and summed again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,9 +41,10 @@ class PublishedFusion(nn.Module):
     def forward(self, z, y):
         x = self.bn(z)
         y = F.interpolate(y, size=x.shape[2:], mode="nearest")
-        squeezed = self.fc((x + y).mean(dim=(2, 3), keepdim=True))
-        a = torch.stack([head(squeezed) for head in self.fcs]).softmax(dim=0)
-        return a[0] * x + a[1] * y
+        branches = torch.stack([x, y], dim=1)
+        squeezed = self.fc(branches.sum(dim=1).mean(dim=(2, 3), keepdim=True))
+        attention = torch.stack([head(squeezed) for head in self.fcs], dim=1).softmax(dim=1)
+        return (branches * attention).sum(dim=1)
 
 
 def batch_norm(weight, bias, dtype):
@@ -139,11 +143,14 @@ def test_csf(device, size, batch, layout, dtype, measure):
             gradient_case(problem, name, call, leaves, changed, truth, upstream, len(leaves) - 2, changed=pairs)
         )
     if dtype == "fp32":  # the published modules compute in their inputs' dtype
-        call, own, changed = published(leaves)
-        gradients = [gradient.view_as(leaf) for gradient, leaf in zip(truth[1], own, strict=True)]
-        pairs = list(zip(changed, after, strict=True))
-        case = (call, own, changed, (truth[0], gradients), upstream, len(own) - 2)
-        cases.insert(2, gradient_case(problem, "published", *case, changed=pairs))
+        for name in ("published", "published compiled"):
+            call, own, changed = published(leaves)
+            if name == "published compiled":
+                call = partial(torch.compile(call.func, fullgraph=True, dynamic=False), *call.args)
+            gradients = [gradient.view_as(leaf) for gradient, leaf in zip(truth[1], own, strict=True)]
+            pairs = list(zip(changed, after, strict=True))
+            case = (call, own, changed, (truth[0], gradients), upstream, len(own) - 2)
+            cases.append(gradient_case(problem, name, *case, changed=pairs))
     measure([*cases, copy_case(problem)], rounds=60, warmup=5)
 
 

@@ -150,7 +150,7 @@ def sources_of(op: str, backend: str, device_type: str) -> list[str]:
     """Glob patterns, relative to the repository, of the files that a row depends on."""
     if op.startswith("step "):
         return [*STEP_SOURCES, *STEP_KERNELS[device_type]]
-    if backend == "published":
+    if backend.startswith("published"):
         return [PUBLISHED[op]]
     return [pattern.format(op=op) for pattern in SOURCES[backend]]
 

@@ -25,6 +25,8 @@ DIRECTIONS = {"forward": "forward", "backward": "backward", "total": "forward + 
 TITLES = {
     "eager": "eager",
     "compiled": "`torch.compile`",
+    "published": "the published formulation",
+    "published compiled": "`torch.compile` of the published formulation",
     "copy": "a copy of as many bytes",
     "cpu": "C++ CPU",
     "triton": "Triton",
@@ -99,7 +101,8 @@ class Target:
         source: where the bound comes from.
         at_least: lower bound, or None.
         at_most: upper bound, or None.
-        against: for speed-ups, what the time is compared with: "eager", "compiled" or "copy".
+        against: for speed-ups, what the time is compared with: "eager", "compiled", "published",
+            "published compiled" or "copy".
         malloc: "default" for rows that were measured with malloc as it is by default, else "".
     """
 
@@ -192,7 +195,7 @@ def _target(entry: dict[str, Any], name: str) -> Target:
     one_of = {
         "measure": MEASURES,
         "device": ("cpu", "cuda"),
-        "against": ("", "eager", "compiled", "copy"),
+        "against": ("", "eager", "compiled", "published", "published compiled", "copy"),
         "malloc": ("", DEFAULT_MALLOC),
     }
     for key, allowed in one_of.items():

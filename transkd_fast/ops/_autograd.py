@@ -18,8 +18,10 @@ def distinct(tensors: Sequence[OptionalTensor]) -> list[OptionalTensor]:
         tensors: inputs of a Function; None stays.
 
     Returns:
-        The same values, each tensor once.
+        The same values; while compiling, each tensor once.
     """
+    if not torch.compiler.is_compiling():
+        return list(tensors)
     result: list[OptionalTensor] = []
     for tensor in tensors:
         if tensor is not None and any(tensor is other for other in result):

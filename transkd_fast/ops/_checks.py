@@ -52,6 +52,8 @@ def check_shape(op: str, name: str, tensor: Tensor, *expected: int | str) -> Non
         ValueError: If the shape is another one.
     """
     shape = tensor.shape
+    if shape == expected:
+        return
     if len(shape) != len(expected) or any(
         isinstance(want, int) and got != want for got, want in zip(shape, expected, strict=True)
     ):
@@ -123,9 +125,11 @@ def check_batch_norm(op: str, name: str, bn: BatchNorm, channels: int, device: t
     """
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"{op}: expected {name} to be a BatchNorm, got {type(bn).__name__}")
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(bn, field)
-        if tensor is not None:
+    for field, tensor in zip(("weight", "bias", "running_mean", "running_var"), bn[:4], strict=True):
+        if tensor is None:
+            continue
+        fits = isinstance(tensor, Tensor) and tensor.shape == (channels,) and tensor.device == device
+        if not fits or tensor.dtype not in FLOATING:
             check_floating(op, **{f"{name}.{field}": tensor})
             check_shape(op, f"{name}.{field}", tensor, channels)
             if tensor.device != device:

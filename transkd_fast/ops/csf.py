@@ -177,8 +177,10 @@ class _CSF(torch.autograd.Function):
                     dense, z, y, sums, state, ctx.first, parameters, *ctx.kinds, wanted
                 )
             )
-        sources = [grad, *(t for t in inputs if t is not None)]
-        result = [first_derivative(OP, next(gradients), *sources) if want else None for want in wanted]
+        if torch.is_grad_enabled():
+            sources = [grad, *(t for t in inputs if t is not None)]
+            gradients = (first_derivative(OP, gradient, *sources) for gradient in gradients)
+        result = [next(gradients) if want else None for want in wanted]
         return (*[None] * (len(ctx.needs_input_grad) - len(inputs)), *result)
 
 
@@ -226,10 +228,14 @@ def csf(
     """
     if len(heads) != 2:
         raise ValueError(f"csf: expected heads to have 2 entries, got {len(heads)}")
-    tensors = {"z": z, "y": y, "fc_weight": fc_weight}
-    for i, (weight, bias) in enumerate(heads):
-        tensors |= {f"heads[{i}] weight": weight, f"heads[{i}] bias": bias}
-    _checks.check_floating(OP, **tensors)
+    (weight_0, bias_0), (weight_1, bias_1) = heads
+    of_heads = {
+        "heads[0] weight": weight_0,
+        "heads[0] bias": bias_0,
+        "heads[1] weight": weight_1,
+        "heads[1] bias": bias_1,
+    }
+    _checks.check_floating(OP, z=z, y=y, fc_weight=fc_weight, **of_heads)
     _checks.check_shape(OP, "z", z, "B", "M", "H", "W")
     batch, channels = z.shape[:2]
     _checks.check_shape(OP, "y", y, batch, channels, "h", "w")
@@ -238,13 +244,12 @@ def csf(
     _checks.check_shape(OP, "fc_weight", fc_weight, "L", channels)
     _checks.check_not_empty(OP, "fc_weight", fc_weight)
     squeezed = fc_weight.shape[0]
-    for i, (weight, bias) in enumerate(heads):
-        _checks.check_shape(OP, f"heads[{i}] weight", weight, channels, squeezed)
-        _checks.check_shape(OP, f"heads[{i}] bias", bias, channels)
+    for name, tensor in of_heads.items():
+        _checks.check_shape(OP, name, tensor, *((channels, squeezed) if name.endswith("weight") else (channels,)))
     _checks.check_batch_norm(OP, "bn", bn, channels, z.device)
     if fc_bn is not None:
         _checks.check_batch_norm(OP, "fc_bn", fc_bn, squeezed, z.device)
-    chosen = backends.choose(OP, list(tensors.values()), backend)
+    chosen = backends.choose(OP, (z, y, fc_weight, *of_heads.values()), backend)
 
     if process_group is not None and _collectives.size_of(process_group) == 1:
         process_group = None
@@ -268,7 +273,7 @@ def csf(
     y = _in_layout(y, _channels_last(z))
     affine = (None, None) if fc_bn is None else (fc_bn.weight, fc_bn.bias)
     parameters = [
-        None if t is None else t.contiguous() for t in (bn.weight, bn.bias, fc_weight, *affine, *heads[0], *heads[1])
+        None if t is None else t.contiguous() for t in (bn.weight, bn.bias, fc_weight, *affine, *of_heads.values())
     ]
     inputs = distinct([z, y, *parameters])
     grad_enabled = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
