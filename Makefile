@@ -24,8 +24,11 @@ $(STAMP): $(BIN)/python $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/transkd demo --config configs/demo.yaml
 
+# One file at a time per process, since its tests share what they build; one thread in each, which is what a test that is
+# not about threads needs.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 test: $(STAMP)
-	$(BIN)/python -m pytest tests --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
+	$(PARALLEL) tests --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
 
 # The Triton kernels under another Triton than torch's: interpreted, and compiled ahead of time. Triton 3.6's interpreter
 # needs an older numpy too.
@@ -35,7 +38,7 @@ TRITON_OPS = $(filter-out _%,$(patsubst kernels/%.py,%,$(wildcard kernels/*.py))
 TRITON_TESTS = $(foreach op,$(TRITON_OPS),tests/test_$(op).py tests/test_kernels_triton_$(op).py)
 test-triton: $(STAMP)
 	test -d $(OTHER_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.3'
-	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(BIN)/python -m pytest $(TRITON_TESTS) tests/gpu_code \
+	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(PARALLEL) $(TRITON_TESTS) tests/gpu_code \
 		-k triton --allowed-skips tests/allowed_skips.txt
 
 lint: $(STAMP)

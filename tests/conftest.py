@@ -58,3 +58,9 @@ class SkipGuard:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_runs(monkeypatch):
+    """A run of pytest that a test starts is no worker of this one: pytest-benchmark measures nothing in a worker."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
