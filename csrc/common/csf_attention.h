@@ -120,7 +120,17 @@ struct Coefficients {
   }
 };
 
-TRANSKD_INLINE double logistic(double x) { return 1 / (1 + exp(-x)); }
+// The softmax of (l_0, l_1) from l_0 - l_1; also the small one of the two is exact.
+struct Attention {
+  double first, second;
+
+  TRANSKD_INLINE explicit Attention(double logit) {
+    const double ratio = exp(-fabs(logit)), large = 1 / (1 + ratio), small = ratio * large;
+    first = logit < 0 ? small : large;
+    second = logit < 0 ? large : small;
+  }
+};
+
 // Passes NaN, as torch's ReLU does.
 TRANSKD_INLINE double relu(double x) { return x <= 0 ? 0 : x; }
 
@@ -174,6 +184,15 @@ TRANSKD_INLINE void each_sum(const Team& team, int64_t count, int64_t length, Te
   });
 }
 
+// Likewise of the entries of a table: then(row, column, the sum of term(row, column, k)). CPU's team has an overload
+// without the divisions.
+template <class Team, class Term, class Then>
+TRANSKD_INLINE void each_sum(const Team& team, int64_t rows, int64_t columns, int64_t length, Term term, Then then) {
+  each_sum(
+      team, rows * columns, length, [&](int64_t i, int64_t k) { return term(i / columns, i % columns, k); },
+      [&](int64_t i, double sum) { then(i / columns, i % columns, sum); });
+}
+
 // Where the merged moments of all planes stand before attention(): in sections of the state that it fills later.
 TRANSKD_INLINE void put_moments(const State& state, const Sizes& sizes, int64_t plane, const Moments& moments,
                                 double about) {
@@ -216,11 +235,9 @@ TRANSKD_INLINE void attention(const Team& team, const Sizes& sizes, const BatchN
     }
   });
   each_sum(
-      team, sizes.entries(), channels,
-      [&](int64_t i, int64_t c) {
-        return layers.fc[i % squeezed * channels + c] * state.pooled[i / squeezed * channels + c];
-      },
-      [&](int64_t i, double sum) { state.squeezed[i] = sum; });
+      team, sizes.samples, squeezed, channels,
+      [&](int64_t b, int64_t l, int64_t c) { return layers.fc[l * channels + c] * state.pooled[b * channels + c]; },
+      [&](int64_t b, int64_t l, double sum) { state.squeezed[b * squeezed + l] = sum; });
   team.each(squeezed, [&](int64_t l) {
     double mean = 0, invstd = 1;
     if (of_batch(fc_bn.norm)) {
@@ -245,14 +262,14 @@ TRANSKD_INLINE void attention(const Team& team, const Sizes& sizes, const BatchN
     }
   });
   // The softmax over two heads depends on the difference of their logits only.
-  const auto term = [&](int64_t plane, int64_t l) {
-    const int64_t entry = plane % channels * squeezed + l;
-    const double s = state.squeezed[plane / channels * squeezed + l];
+  const auto term = [&](int64_t b, int64_t c, int64_t l) {
+    const int64_t entry = c * squeezed + l;
+    const double s = state.squeezed[b * squeezed + l];
     return (layers.head_weight[0][entry] - layers.head_weight[1][entry]) *
            relu(fc_bn.weight.get(l, 1) * s + fc_bn.bias.get(l, 0));
   };
-  each_sum(team, sizes.planes(), squeezed, term, [&](int64_t plane, double sum) {
-    const int64_t b = plane / channels, c = plane % channels;
+  each_sum(team, sizes.samples, channels, squeezed, term, [&](int64_t b, int64_t c, double sum) {
+    const int64_t plane = b * channels + c;
     // No channel reads the counters any more.
     if (plane == 0 && bn.norm == Norm::kTracked && bn.batches) ++*bn.batches;
     if (plane == 0 && fc_bn.norm == Norm::kTracked && fc_bn.batches) ++*fc_bn.batches;
@@ -262,30 +279,35 @@ TRANSKD_INLINE void attention(const Team& team, const Sizes& sizes, const BatchN
     if (!sizes.own(b)) return;
     const int64_t row = plane - sizes.first * channels;
     const double mean = state.mean[c], scale = bn.weight.get(c, 1) * state.invstd[c];
-    const double attention = logistic(logit);
+    const Attention weight(logit);
     const T shift = static_cast<T>(mean);
     out.shift[row] = shift;
-    out.scale[row] = static_cast<T>(attention * scale);
-    out.offset[row] = static_cast<T>(attention * (bn.bias.get(c, 0) - scale * (mean - static_cast<double>(shift))));
-    out.up_weight[row] = static_cast<T>(logistic(-logit));
+    out.scale[row] = static_cast<T>(weight.first * scale);
+    out.offset[row] = static_cast<T>(weight.first * (bn.bias.get(c, 0) - scale * (mean - static_cast<double>(shift))));
+    out.up_weight[row] = static_cast<T>(weight.second);
   });
 }
 
 // Scratch of the backward, in doubles.
 struct Scratch {
-  double *grad, *grad_z;  // [samples, channels]: sums of G and G (z - mean)
-  double* grad_y;         // [samples, channels]: sums of G up(y), then dL/dg
-  double* activation;     // [samples, squeezed]: dL/dr, then dL/ds
-  double* logit;          // [samples, channels]: dL/dlogit
+  double *grad, *grad_z;   // [samples, channels]: sums of G and G (z - mean)
+  double* grad_y;          // [samples, channels]: sums of G up(y), then dL/dg
+  double* activation;      // [samples, squeezed]: dL/dr, then dL/ds
+  double* logit;           // [samples, channels]: dL/dlogit
+  double *first, *second;  // [samples, channels]: the attention
+  double* squeezed;        // [samples, squeezed]: r
 
   TRANSKD_INLINE Scratch(double* data, const Sizes& sizes)
       : grad(data),
         grad_z(grad + sizes.planes()),
         grad_y(grad_z + sizes.planes()),
         activation(grad_y + sizes.planes()),
-        logit(activation + sizes.entries()) {}
+        logit(activation + sizes.entries()),
+        first(logit + sizes.planes()),
+        second(first + sizes.planes()),
+        squeezed(second + sizes.planes()) {}
 
-  static int64_t size(const Sizes& sizes) { return 4 * sizes.planes() + sizes.entries(); }
+  static int64_t size(const Sizes& sizes) { return 6 * sizes.planes() + 2 * sizes.entries(); }
 };
 
 // Gradients of a batch norm's affine parameters.
@@ -301,25 +323,30 @@ TRANSKD_INLINE void attention_backward(const Team& team, const Sizes& sizes, con
                                        const Scratch& scratch, const AffineGradients& bn_gradients,
                                        const AffineGradients& fc_bn_gradients, const Layers& gradients,
                                        const Coefficients<T>& out) {
-  const int64_t channels = sizes.channels, squeezed = sizes.squeezed, end = sizes.first + sizes.batch;
-  const auto activation = [&](int64_t b, int64_t l) {
-    return fc_bn.weight.get(l, 1) * state.squeezed[b * squeezed + l] + fc_bn.bias.get(l, 0);
-  };
-  team.each(sizes.planes(), [&](int64_t plane) {
-    const int64_t c = plane % channels;
-    const double scale = bn.weight.get(c, 1) * state.invstd[c], logit = state.logit[plane];
-    const double attention =
-        scale * scratch.grad_z[plane] + bn.bias.get(c, 0) * scratch.grad[plane] - scratch.grad_y[plane];
-    scratch.logit[plane] = logistic(logit) * logistic(-logit) * attention;
+  const int64_t channels = sizes.channels, squeezed = sizes.squeezed;
+  team.each(channels, [&](int64_t c) {
+    const double scale = bn.weight.get(c, 1) * state.invstd[c], bias = bn.bias.get(c, 0);
+    for (int64_t b = 0; b < sizes.samples; ++b) {
+      const int64_t plane = b * channels + c;
+      const Attention weight(state.logit[plane]);
+      scratch.first[plane] = weight.first;
+      scratch.second[plane] = weight.second;
+      scratch.logit[plane] = weight.first * weight.second *
+                             (scale * scratch.grad_z[plane] + bias * scratch.grad[plane] - scratch.grad_y[plane]);
+    }
   });
   each_sum(
-      team, sizes.entries(), channels,
-      [&](int64_t i, int64_t c) {
-        const int64_t entry = c * squeezed + i % squeezed;
-        return scratch.logit[i / squeezed * channels + c] *
-               (layers.head_weight[0][entry] - layers.head_weight[1][entry]);
+      team, sizes.samples, squeezed, channels,
+      [&](int64_t b, int64_t l, int64_t c) {
+        const int64_t entry = c * squeezed + l;
+        return scratch.logit[b * channels + c] * (layers.head_weight[0][entry] - layers.head_weight[1][entry]);
       },
-      [&](int64_t i, double sum) { scratch.activation[i] = activation(i / squeezed, i % squeezed) <= 0 ? 0 : sum; });
+      [&](int64_t b, int64_t l, double sum) {
+        const int64_t entry = b * squeezed + l;
+        const double activation = fc_bn.weight.get(l, 1) * state.squeezed[entry] + fc_bn.bias.get(l, 0);
+        scratch.squeezed[entry] = relu(activation);
+        scratch.activation[entry] = activation <= 0 ? 0 : sum;
+      });
   team.each(squeezed, [&](int64_t l) {
     double sum = 0, product = 0, own_sum = 0, own_product = 0;
     for (int64_t b = 0; b < sizes.samples; ++b) {
@@ -342,28 +369,34 @@ TRANSKD_INLINE void attention_backward(const Team& team, const Sizes& sizes, con
     }
   });
   each_sum(
-      team, sizes.planes(), squeezed,
-      [&](int64_t plane, int64_t l) {
-        return scratch.activation[plane / channels * squeezed + l] * layers.fc[l * channels + plane % channels];
+      team, sizes.samples, channels, squeezed,
+      [&](int64_t b, int64_t c, int64_t l) {
+        return scratch.activation[b * squeezed + l] * layers.fc[l * channels + c];
       },
-      [&](int64_t plane, double sum) { scratch.grad_y[plane] = sum; });
-  team.each(squeezed * channels, [&](int64_t i) {
-    const int64_t l = i / channels, c = i % channels;
-    double squeeze = 0, head = 0;
-    for (int64_t b = sizes.first; b < end; ++b) {
-      squeeze += scratch.activation[b * squeezed + l] * state.pooled[b * channels + c];
-      head += scratch.logit[b * channels + c] * relu(activation(b, l));
-    }
-    gradients.fc.set(i, squeeze);
-    gradients.head_weight[0].set(c * squeezed + l, head);
-    gradients.head_weight[1].set(c * squeezed + l, -head);
-  });
+      [&](int64_t b, int64_t c, double sum) { scratch.grad_y[b * channels + c] = sum; });
+  each_sum(
+      team, squeezed, channels, sizes.batch,
+      [&](int64_t l, int64_t c, int64_t k) {
+        const int64_t b = sizes.first + k;
+        return scratch.activation[b * squeezed + l] * state.pooled[b * channels + c];
+      },
+      [&](int64_t l, int64_t c, double sum) { gradients.fc.set(l * channels + c, sum); });
+  each_sum(
+      team, channels, squeezed, sizes.batch,
+      [&](int64_t c, int64_t l, int64_t k) {
+        const int64_t b = sizes.first + k;
+        return scratch.logit[b * channels + c] * scratch.squeezed[b * squeezed + l];
+      },
+      [&](int64_t c, int64_t l, double sum) {
+        gradients.head_weight[0].set(c * squeezed + l, sum);
+        gradients.head_weight[1].set(c * squeezed + l, -sum);
+      });
   team.each(channels, [&](int64_t c) {
     const double pixels = static_cast<double>(sizes.pixels);
     double sum = 0, product = 0, own_sum = 0, own_product = 0, head = 0;
     for (int64_t b = 0; b < sizes.samples; ++b) {
       const int64_t plane = b * channels + c;
-      const double weight = logistic(state.logit[plane]), pooled = scratch.grad_y[plane];
+      const double weight = scratch.first[plane], pooled = scratch.grad_y[plane];
       const double dx = weight * scratch.grad[plane] + pooled;
       const double dx_z = weight * scratch.grad_z[plane] + pooled * state.centre[plane];
       sum += dx;
@@ -382,15 +415,15 @@ TRANSKD_INLINE void attention_backward(const Team& team, const Sizes& sizes, con
     const bool batch = of_batch(bn.norm);
     const double z_weight = batch ? -scale * invstd * (product * invstd / sizes.values()) : 0;
     const double constant = batch ? sum / sizes.values() : 0;
-    for (int64_t b = sizes.first; b < end; ++b) {
+    for (int64_t b = sizes.first; b < sizes.first + sizes.batch; ++b) {
       const int64_t plane = b * channels + c, row = plane - sizes.first * channels;
       const T shift = static_cast<T>(mean);
       const double pooled = scratch.grad_y[plane] / pixels;
       out.shift[row] = shift;
-      out.grad_weight[row] = static_cast<T>(scale * logistic(state.logit[plane]));
+      out.grad_weight[row] = static_cast<T>(scale * scratch.first[plane]);
       out.z_weight[row] = static_cast<T>(z_weight);
       out.constant[row] = static_cast<T>(scale * (pooled - constant) + z_weight * (static_cast<double>(shift) - mean));
-      out.up_weight[row] = static_cast<T>(logistic(-state.logit[plane]));
+      out.up_weight[row] = static_cast<T>(scratch.second[plane]);
       out.pixel_share[row] = static_cast<T>(pooled);
     }
   });

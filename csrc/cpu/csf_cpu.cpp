@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -25,24 +26,33 @@ struct Alone {
   }
 };
 
-// Four sums at a time, for one alone waits for each of its additions.
+// Some sums side by side: one alone waits for each of its additions.
 template <class Term, class Then>
-TRANSKD_INLINE void each_sum(const Alone&, int64_t count, int64_t length, Term term, Then then) {
-  constexpr int kSums = 4;
-  for (int64_t first = 0; first < count; first += kSums) {
-    double sums[kSums] = {};
-    for (int64_t k = 0; k < length; ++k) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kSums; ++i) sums[i] += term(std::min(first + i, count - 1), k);
+TRANSKD_INLINE void each_sum(const Alone&, int64_t rows, int64_t columns, int64_t length, Term term, Then then) {
+  constexpr int kSums = 8;
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t first = 0;
+    for (; first + kSums <= columns; first += kSums) {
+      double sums[kSums] = {};
+      for (int64_t k = 0; k < length; ++k) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSums; ++i) sums[i] += term(row, first + i, k);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kSums; ++i) then(row, first + i, sums[i]);
     }
-    for (int i = 0; i < kSums && first + i < count; ++i) then(first + i, sums[i]);
+    for (; first < columns; ++first) {
+      double sum = 0;
+      for (int64_t k = 0; k < length; ++k) sum += term(row, first, k);
+      then(row, first, sum);
+    }
   }
 }
 
 // Parameters as doubles, all of them given, so that attention() asks for the type of none of their elements.
 class Wide {
  public:
-  explicit Wide(const Sizes& sizes) : sizes_(sizes), buffer_(size(sizes)), free_(buffer_.data()) {}
+  explicit Wide(const Sizes& sizes) : sizes_(sizes), buffer_(new double[size(sizes)]), free_(buffer_.get()) {}
 
   TRANSKD_INLINE Values take(const Values& values, int64_t count, double otherwise) {
     double* const to = free_;
@@ -75,9 +85,65 @@ class Wide {
   }
 
   const Sizes& sizes_;
-  std::vector<double> buffer_;
+  std::unique_ptr<double[]> buffer_;
   double* free_;
 };
+
+// Gradients of parameters as doubles, all of them given likewise; put() writes those that are wanted.
+class WideGradients {
+ public:
+  WideGradients(const Sizes& sizes, const Values* wanted) : wanted_(wanted) {
+    const int64_t channels = sizes.channels, squeezed = sizes.squeezed, weights = channels * squeezed;
+    const int64_t counts[kParameters] = {channels, channels, weights, squeezed, squeezed,
+                                         weights,  channels, weights, channels};
+    begin_[0] = 0;
+    for (int k = 0; k < kParameters; ++k) begin_[k + 1] = begin_[k] + counts[k];
+    buffer_.reset(new double[begin_[kParameters]]);
+  }
+
+  TRANSKD_INLINE Values operator[](Parameter k) const { return {buffer_.get() + begin_[k], StorageType::kDouble}; }
+
+  TRANSKD_INLINE void put() const {
+    for (int k = 0; k < kParameters; ++k) {
+      const Values& to = wanted_[k];
+      const double* const from = buffer_.get() + begin_[k];
+      const int64_t count = begin_[k + 1] - begin_[k];
+      if (to.given() && to.type == StorageType::kFloat) {
+        std::copy_n(from, count, static_cast<float*>(to.data));
+      } else {
+        for (int64_t i = 0; i < count; ++i) to.set(i, from[i]);
+      }
+    }
+  }
+
+ private:
+  const Values* wanted_;
+  int64_t begin_[kParameters + 1];
+  std::unique_ptr<double[]> buffer_;
+};
+
+// Flattened, so that the compiler sees that all parameters are doubles.
+#define TRANSKD_CSF_ATTENTION(T)                                                                                       \
+  TRANSKD_CLONES __attribute__((flatten)) void attend(const Sizes& sizes, const BatchNorm& bn, const BatchNorm& fc_bn, \
+                                                      const Layers& layers, const State& state,                        \
+                                                      const Coefficients<T>& coefficients) {                           \
+    Wide wide(sizes);                                                                                                  \
+    attention(Alone(), sizes, wide.take(bn, sizes.channels), wide.take(fc_bn, sizes.squeezed), wide.take(layers),      \
+              state, coefficients);                                                                                    \
+  }                                                                                                                    \
+  TRANSKD_CLONES __attribute__((flatten)) void attend_backward(                                                        \
+      const Sizes& sizes, const BatchNorm& bn, const BatchNorm& fc_bn, const Layers& layers, const State& state,       \
+      const Scratch& scratch, const Values* gradients, const Coefficients<T>& coefficients) {                          \
+    Wide wide(sizes);                                                                                                  \
+    const WideGradients to(sizes, gradients);                                                                          \
+    attention_backward(Alone(), sizes, wide.take(bn, sizes.channels), wide.take(fc_bn, sizes.squeezed),                \
+                       wide.take(layers), state, scratch, {to[kWeight], to[kBias]}, {to[kFcWeight], to[kFcBias]},      \
+                       {to[kFc], {to[kHead0], to[kHead1]}, {to[kHead0Bias], to[kHead1Bias]}}, coefficients);           \
+    to.put();                                                                                                          \
+  }
+TRANSKD_CSF_ATTENTION(float)
+TRANSKD_CSF_ATTENTION(double)
+#undef TRANSKD_CSF_ATTENTION
 
 Tensor csf_reduce(Tensor z, Tensor y, int64_t parts) {
   check_maps(z, y);
@@ -93,10 +159,9 @@ Tensor fuse_with_attention(const Tensor& z, const Tensor& y, const Sizes& sizes,
                            const BatchNorm& fc_bn, const Layers& layers, const State& state) {
   std::vector<T> table(Coefficients<T>::kRows * sizes.batch * sizes.channels);
   const Coefficients<T> coefficients(table.data(), sizes);
-  Wide wide(sizes);
-  attention(Alone(), sizes, wide.take(bn, sizes.channels), wide.take(fc_bn, sizes.squeezed), wide.take(layers), state,
-            coefficients);
+  attend(sizes, bn, fc_bn, layers, state, coefficients);
   Tensor v = torch::stable::empty_like(z);
+  use_huge_pages(v);
   fuse(z, y, coefficients, v);
   return v;
 }
@@ -181,6 +246,7 @@ struct Gradients {
     const auto add = [&](size_t k, const Tensor& like) {
       if (!wanted[k]) return false;
       list.push_back(torch::stable::empty_like(like));
+      use_huge_pages(list.back());
       return true;
     };
     if (add(0, z_map)) z = &list.back();
@@ -199,11 +265,7 @@ void backward(const Tensor& grad, const Tensor& z, const Tensor& y, const Sizes&
               const Gradients& gradients) {
   std::vector<T> table(Coefficients<T>::kRows * sizes.batch * sizes.channels);
   const Coefficients<T> coefficients(table.data(), sizes);
-  const Values* const p = gradients.parameters;
-  Wide wide(sizes);
-  attention_backward(Alone(), sizes, wide.take(bn, sizes.channels), wide.take(fc_bn, sizes.squeezed), wide.take(layers),
-                     state, scratch, {p[kWeight], p[kBias]}, {p[kFcWeight], p[kFcBias]},
-                     {p[kFc], {p[kHead0], p[kHead1]}, {p[kHead0Bias], p[kHead1Bias]}}, coefficients);
+  attend_backward(sizes, bn, fc_bn, layers, state, scratch, gradients.parameters, coefficients);
   if (!gradients.z && !gradients.y) return;
   const Maps maps(z, y);
   const Tensor* const needed = of_batch(bn.norm) ? &z : nullptr;

@@ -42,7 +42,8 @@ struct Maps {
   std::vector<int64_t> row_start, column_start;  // windows, as Nearest::start
   std::vector<int64_t> row_source, column_source;
   int64_t largest_window = 0;
-  bool pairs;  // of columns
+  bool pairs;    // of columns
+  bool uniform;  // all windows are of one size, so that y may be taken as a single row
 
   Maps(const Tensor& z, const Tensor& y)
       : batch(z.size(0)),
@@ -61,6 +62,8 @@ struct Maps {
     for (int64_t r = 0; r < rows.out; ++r) row_source.push_back(rows.source(r));
     for (int64_t x = 0; x < columns.out; ++x) column_source.push_back(columns.source(x));
     largest_window = largest(row_start) * largest(column_start);
+    uniform = rows.out % rows.in == 0 && columns.out % columns.in == 0 &&
+              largest_window == (rows.out / rows.in) * (columns.out / columns.in);
   }
 
   bool planes() const { return lanes == 1; }

@@ -21,7 +21,7 @@ void moments(const Reader<T>& z, int64_t offset, int64_t pixels, int64_t lanes, 
              std::vector<T>& scratch, double* mean, double* squares) {
   const int64_t chain = lanes == 1 ? 2 * kChain * Vector<T>::kSize : kChain;
   const int64_t at_once = std::clamp<int64_t>(kBuffer / lanes, std::min(chain, kGroup), chain);
-  buffer.resize(at_once * lanes);
+  buffer.resize(z.buffer(at_once * lanes));
   scratch.assign(3 * lanes, 0);
   T *const shift = scratch.data(), *const sum = shift + lanes, *const products = sum + lanes;
   std::fill(mean, mean + lanes, 0.0);
@@ -43,8 +43,9 @@ void moments(const Reader<T>& z, int64_t offset, int64_t pixels, int64_t lanes, 
 template <class T>
 void weighted(const Maps& maps, const Reader<T>& y, int64_t slab, const Range& range, const std::vector<T>& widths,
               std::vector<T>& buffer, double* sums) {
-  const int64_t width = maps.columns.in, at_once = std::max<int64_t>(1, kBuffer / maps.lanes);
-  buffer.resize(at_once * maps.lanes);
+  const int64_t width = maps.uniform ? maps.coarse_pixels() : maps.columns.in;
+  const int64_t at_once = std::max<int64_t>(1, kBuffer / maps.lanes);
+  buffer.resize(y.buffer(at_once * maps.lanes));
   for (int64_t p = range.begin; p < range.end;) {
     const int64_t row = p / width, column = p % width;
     const int64_t count = std::min({width - column, range.end - p, at_once});
@@ -52,7 +53,7 @@ void weighted(const Maps& maps, const Reader<T>& y, int64_t slab, const Range& r
     // Nobody reads the others: their NaN must not count.
     if (rows > 0) {
       add_weighted(y.read((slab * maps.coarse_pixels() + p) * maps.lanes, count * maps.lanes, buffer.data()),
-                   widths.data() + column, count, maps.lanes, static_cast<double>(rows), sums);
+                   widths.data() + (maps.uniform ? 0 : column), count, maps.lanes, static_cast<double>(rows), sums);
     }
     p += count;
   }
@@ -70,7 +71,8 @@ void reduce(const Tensor& z, const Tensor& y, int64_t parts, double* sums) {
   const std::vector<Range> y_ranges = ranges_of(coarse, parts, length(maps.coarse_pixels() / z_count + 1));
   const int64_t y_count = static_cast<int64_t>(y_ranges.size()), pieces = std::max(z_count, y_count);
   std::vector<T> widths;
-  for (int64_t j = 0; j < maps.columns.in; ++j) {
+  if (maps.uniform) widths.resize(kBuffer, static_cast<T>(maps.column_start[1]));
+  for (int64_t j = 0; !maps.uniform && j < maps.columns.in; ++j) {
     widths.push_back(static_cast<T>(maps.column_start[j + 1] - maps.column_start[j]));
   }
 
@@ -132,8 +134,9 @@ void fuse(const Tensor& z, const Tensor& y, const Coefficients<T>& coefficients,
   const bool stream = streams(maps, v, out);
   const int64_t lanes = maps.lanes, width = maps.columns.out;
   over_bands(maps, [&](const auto& share) {
-    std::vector<T> z_buffer(maps.run_elements()), v_buffer(maps.run_elements());
-    std::vector<T> y_buffer(maps.coarse_elements()), spread(maps.spread_elements());
+    std::vector<T> z_buffer(z_reader.buffer(maps.run_elements())), v_buffer(out.buffer(maps.run_elements()));
+    std::vector<T> y_buffer(y_reader.buffer(maps.coarse_elements())),
+        spread(maps.planes() ? maps.spread_elements() : 0);
     share([&](int64_t slab, int64_t first, int64_t last) {
       const int64_t entry = maps.entry(slab);
       for (int64_t i = first, next; i < last; i = next) {
@@ -179,8 +182,9 @@ void backward_reduce(const Tensor& grad, const Tensor& z, const Tensor& y, const
 
   std::vector<double> results(maps.slabs * pieces * 3 * lanes);
   in_parallel(maps.slabs * pieces, z.numel(), [&](int64_t begin, int64_t end) {
-    std::vector<T> grad_buffer(maps.run_elements()), z_buffer(maps.run_elements());
-    std::vector<T> y_buffer(maps.coarse_elements()), spread(maps.spread_elements());
+    std::vector<T> grad_buffer(grad_reader.buffer(maps.run_elements())), z_buffer(z_reader.buffer(maps.run_elements()));
+    std::vector<T> y_buffer(y_reader.buffer(maps.coarse_elements())),
+        spread(maps.planes() ? maps.spread_elements() : 0);
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t slab = piece / pieces;
       const Range& range = ranges[piece % pieces];
@@ -237,8 +241,9 @@ void backward_apply(const Maps& maps, const Tensor& grad, const Tensor* z, const
   const bool stream = dz && streams(maps, *dz, *dz_writer);
   const int64_t lanes = maps.lanes, width = maps.columns.out;
   over_bands(maps, [&](const auto& share) {
-    std::vector<T> grad_buffer(maps.run_elements()), z_buffer(maps.run_elements()), dz_buffer(maps.run_elements());
-    std::vector<T> dy_buffer(maps.coarse_elements());
+    std::vector<T> grad_buffer(grad_reader.buffer(maps.run_elements())), z_buffer(z_reader.buffer(maps.run_elements()));
+    std::vector<T> dz_buffer(dz ? dz_writer->buffer(maps.run_elements()) : 0);
+    std::vector<T> dy_buffer(dy ? dy_writer->buffer(maps.coarse_elements()) : 0);
     std::vector<Sum> sums(maps.spread_elements());
     share([&](int64_t slab, int64_t first, int64_t last) {
       const int64_t entry = maps.entry(slab);

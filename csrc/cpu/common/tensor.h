@@ -1,6 +1,10 @@
 // What every CPU op asks of its tensors: reading storage types as the compute type.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -20,13 +24,18 @@ void widen(const Half* from, float* row, int64_t n);
 void narrow(const float* row, BFloat16* to, int64_t n);
 void narrow(const float* row, Half* to, int64_t n);
 
+inline bool is_narrow(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
+
 // Reads runs of a tensor as the compute type; only half precision goes through a buffer.
 template <class Compute>
 class Reader {
  public:
   Reader(const Tensor& tensor) : data_(tensor.const_data_ptr()), type_(tensor.scalar_type()) {}
 
-  // Pointer to n elements from offset on; buffer must have room for n.
+  // The room that a buffer for n elements needs.
+  int64_t buffer(int64_t n) const { return is_narrow(type_) ? n : 0; }
+
+  // Pointer to n elements from offset on; buffer must have room for n, if they are converted.
   const Compute* read(int64_t offset, int64_t n, Compute* buffer) const {
     if constexpr (sizeof(Compute) == sizeof(float)) {
       if (type_ == ScalarType::BFloat16) return widened<BFloat16>(offset, n, buffer);
@@ -53,7 +62,10 @@ class Writer {
   Writer(const Tensor& tensor) : data_(tensor.mutable_data_ptr()), type_(tensor.scalar_type()) {}
 
   // Whether commit() converts, from a buffer.
-  bool buffered() const { return type_ == ScalarType::BFloat16 || type_ == ScalarType::Half; }
+  bool buffered() const { return is_narrow(type_); }
+
+  // The room that a buffer for n elements needs.
+  int64_t buffer(int64_t n) const { return buffered() ? n : 0; }
 
   Compute* place(int64_t offset, Compute* buffer) const {
     return buffered() ? buffer : static_cast<Compute*>(data_) + offset;
@@ -70,5 +82,18 @@ class Writer {
   void* data_;
   ScalarType type_;
 };
+
+// For a large new tensor: where the allocator has returned its memory, writing it first costs a page fault for every
+// 4 KB, more than the pass itself.
+inline void use_huge_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  const uintptr_t from = (begin + kHuge - 1) / kHuge * kHuge, to = end / kHuge * kHuge;
+  // It is a hint: an error changes nothing.
+  if (end - begin >= 2 * kHuge && from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace transkd
