@@ -168,7 +168,9 @@ def extensions() -> dict[str, Any]:
                 "CUDA_STATE": self.cuda_state,
                 "CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
             }
-            (folder / "build_config.h").write_text(config_header(values), encoding="utf-8")
+            header, text = folder / "build_config.h", config_header(values)
+            if not header.exists() or header.read_text(encoding="utf-8") != text:  # else ninja compiles anew
+                header.write_text(text, encoding="utf-8")
             return str(folder)
 
     return {"ext_modules": [ext for ext in (cuda, cpp) if ext is not None], "cmdclass": {"build_ext": Build}}

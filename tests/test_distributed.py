@@ -273,7 +273,10 @@ def raises(message, call):
 def bad_input_raises_in_both_processes_and_changes_nothing(rank):
     model = SyncBatchNorm.convert_sync_batchnorm(module())
     before = copy.deepcopy(model.state_dict())
-    raises(r"maps of one size on all processes, got \[\[9, 13\], \[8, 13\]\]", lambda: model(maps(1, (9 - rank, 13))))
+    differ = r"maps of one size on all processes, got \[\[\({}, 13\), .*\], \[\({}, 13\), .*\]\] in the order of ranks"
+    raises(differ.format(9, 8), lambda: model(maps(1, (9 - rank, 13))))
+    coarser = [m if i != 1 else m[:, :, rank:] for i, m in enumerate(maps(1, (9, 13)))]
+    raises(differ.format(9, 9), lambda: model(coarser))
     raises(r"one sample on every process, got batches of \[1, 0\]", lambda: model(maps(1 - rank, (9, 13))))
     half = copy.deepcopy(model)
     half[2].fc[1] = nn.BatchNorm2d(32).double()

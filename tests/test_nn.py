@@ -264,3 +264,24 @@ def test_cwd_loss():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_batch_norm_that_does_more_is_not_converted():
+    class Activated(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Sequential(Activated(2)))
+    with pytest.raises(TypeError, match=r"got Activated in '1\.0'"):
+        SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_tracking_that_is_switched_off_leaves_statistics_alone():
+    csf = CSF([4, 8], [6, 6], mid_channels=5).train()
+    stage = csf[1]
+    for bn in (stage.conv1[1], stage.fc[1]):
+        bn.track_running_stats = False
+    csf([torch.randn(2, 4, 4, 6), torch.randn(2, 8, 2, 3)])
+    for bn in (stage.conv1[1], stage.fc[1]):
+        assert bn.num_batches_tracked == 0 and not bn.running_mean.any()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from transkd_fast.reference import legacy
-from transkd_fast.reference._common import BatchNorm, batch_norm
+from transkd_fast.reference._common import BatchNorm, batch_norm, nearest_index, upsample
 from transkd_fast.reference.hcl import hcl, hcl_bn
 
 GOLDEN = load("losses")
@@ -200,10 +200,18 @@ def test_nearest_index_is_interpolates(dtype):
             row = torch.arange(in_size, dtype=dtype).view(1, 1, 1, -1).requires_grad_()
             up = F.interpolate(row, size=(1, out_size), mode="nearest")
             up.sum().backward()
-            index = legacy.nearest_index(out_size, in_size)
+            index = nearest_index(out_size, in_size)
             assert torch.equal(index, up.flatten().long()), (in_size, out_size)
             assert torch.equal(index.bincount(minlength=in_size), row.grad.flatten().long()), (in_size, out_size)
-    assert legacy.nearest_index(82, 2)[41] == 0 and (41 * 2) // 82 == 1
+    assert nearest_index(82, 2)[41] == 0 and (41 * 2) // 82 == 1
+
+
+def test_upsampling_takes_the_same_pixels_in_every_precision():
+    maps = torch.randn(1, 2, 3, 2)
+    for width in range(1, 200):
+        up = upsample(maps, (4, width))
+        assert torch.equal(up, F.interpolate(maps, size=(4, width), mode="nearest"))
+        assert torch.equal(upsample(maps.double(), (4, width)), up.double()), width
 
 
 def test_unknown_normaliser_and_divergence():

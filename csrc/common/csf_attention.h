@@ -131,6 +131,8 @@ struct Attention {
   }
 };
 
+TRANSKD_INLINE bool is_minus_infinity(double x) { return x < 0 && x - x != 0; }
+
 // Passes NaN, as torch's ReLU does.
 TRANSKD_INLINE double relu(double x) { return x <= 0 ? 0 : x; }
 
@@ -274,7 +276,9 @@ TRANSKD_INLINE void attention(const Team& team, const Sizes& sizes, const BatchN
     if (plane == 0 && bn.norm == Norm::kTracked && bn.batches) ++*bn.batches;
     if (plane == 0 && fc_bn.norm == Norm::kTracked && fc_bn.batches) ++*fc_bn.batches;
     const double difference = sum + (layers.head_bias[0][c] - layers.head_bias[1][c]);
-    const double logit = difference + 0 * difference;  // an infinite parameter shall show, not saturate
+    // A bias of minus infinity switches a branch off, as in torch's softmax; any other infinity shall show.
+    const bool switched_off = is_minus_infinity(layers.head_bias[0][c]) || is_minus_infinity(layers.head_bias[1][c]);
+    const double logit = switched_off ? difference : difference + 0 * difference;
     state.logit[plane] = logit;
     if (!sizes.own(b)) return;
     const int64_t row = plane - sizes.first * channels;

@@ -1,4 +1,4 @@
-// Nearest interpolation along one axis, by torch's rule (F.interpolate, mode="nearest", of every dtype):
+// Nearest interpolation along one axis, by torch's rule (F.interpolate, mode="nearest", of float32):
 // source(dst) = min(floor(dst * scale), in - 1) with scale = in / out, all in float.
 #pragma once
 

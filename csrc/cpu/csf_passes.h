@@ -66,7 +66,7 @@ void reduce(const Tensor& z, const Tensor& y, int64_t parts, double* sums) {
   const int64_t lanes = maps.lanes;
   const auto length = [&](int64_t pixels) { return (pixels + 63) / 64 * 64; };
   const Parts fine(maps.pixels(), parts), coarse(maps.coarse_pixels(), parts);
-  const std::vector<Range> z_ranges = ranges_of(fine, parts, length(kPiece / lanes));
+  const std::vector<Range> z_ranges = ranges_of(fine, parts, length(std::max<int64_t>(1, kPiece / lanes)));
   const int64_t z_count = static_cast<int64_t>(z_ranges.size());
   const std::vector<Range> y_ranges = ranges_of(coarse, parts, length(maps.coarse_pixels() / z_count + 1));
   const int64_t y_count = static_cast<int64_t>(y_ranges.size()), pieces = std::max(z_count, y_count);

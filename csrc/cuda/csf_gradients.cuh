@@ -129,7 +129,8 @@ __device__ __forceinline__ void apply_to_window(const Pass<ComputeType<Z>>& pass
     const auto pixel_share = read_here<kAtOnce>(pass.coefficients.pixel_share + entry + first);
 #pragma unroll
     for (int v = 0; v < kAtOnce; ++v) {
-      result.pack.set(first + v, up_weight.get(v) * sums[first + v] + pixel_share.get(v) * pixels);
+      const T value = up_weight.get(v) * sums[first + v] + pixel_share.get(v) * pixels;
+      result.pack.set(first + v, pixels == 0 ? 0 : value);  // also where the weights are not finite
     }
   }
   const int64_t to = place.origin(pass, pass.coarse_pixels);

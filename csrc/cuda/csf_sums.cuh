@@ -95,7 +95,6 @@ struct CoarseSums {
     uint32_t pixel = range.begin + place.team * kUnit;
     Walk walk(pixel / kUnit, pass.coarse);
     first.pack.clear();
-    if (pixel < range.end) first.load(pass.y, pass.y_type, y + place.offset(pass, pixel));
     while (pixel < range.end) {
       CoarsePack<Z, V, kVector> pack[kUnroll];
 #pragma unroll
@@ -109,6 +108,9 @@ struct CoarseSums {
         const uint32_t rows = pass.rows.start(walk.row + 1) - pass.rows.start(walk.row);
         uint32_t columns = 2;
         if constexpr (kUnit == 1) columns = pass.columns.start(walk.column + 1) - pass.columns.start(walk.column);
+        // What no fine pixel reads counts nowhere, whatever stands there.
+        if (rows * columns == 0) continue;
+        if (count == 0) first = pack[u];
         count += rows * columns * kUnit;
         const T window = static_cast<T>(rows * columns);
 #pragma unroll

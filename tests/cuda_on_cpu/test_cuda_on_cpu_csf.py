@@ -335,6 +335,18 @@ def test_saturated_attention_plain(layout):
     check(run(inputs, **SMALL), inputs)
 
 
+@pytest.mark.parametrize("bad", [math.nan, 1e12])
+@layouts
+def test_coarse_pixels_that_no_fine_pixel_reads_count_nowhere_plain(layout, bad):
+    inputs = make((2, 8, (4, 6), (8, 12)), layout=layout)
+    expected = run(inputs)
+    check(expected, inputs)
+    inputs["y"][:, :, 1::2] = inputs["y"][:, :, :, 1::2] = bad
+    result = run(inputs)
+    for name, value in expected.items():
+        assert torch.equal(result[name], value), name
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @layouts
 def test_nan_and_inf_come_out_plain(layout, bad):

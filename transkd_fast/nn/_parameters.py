@@ -20,12 +20,14 @@ def batch_norm_of(module: _BatchNorm) -> BatchNorm:
     Returns:
         Its parameters, running statistics (not copied) and settings.
     """
+    # As nn.BatchNorm2d: switched off after construction, tracking leaves the statistics alone in training.
+    tracked = module.track_running_stats or not module.training
     return BatchNorm(
         module.weight,
         module.bias,
-        module.running_mean,
-        module.running_var,
-        module.num_batches_tracked,
+        module.running_mean if tracked else None,
+        module.running_var if tracked else None,
+        module.num_batches_tracked if tracked else None,
         module.training,
         module.momentum,
         module.eps,

@@ -91,7 +91,7 @@ class CSF(nn.ModuleList):
         groups = [stage.process_group() for stage in stages]
         # In the order of stages, which is the same on all processes.
         samples = {
-            group: None if group is None else samples_of(maps[0].shape, group, maps[0].device)
+            group: None if group is None else samples_of([x.shape for x in maps], group, maps[0].device)
             for group in dict.fromkeys(groups)
         }
         outputs: list[Tensor] = []

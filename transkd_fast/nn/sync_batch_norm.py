@@ -96,7 +96,18 @@ class SyncBatchNorm(_BatchNorm):
 
         Returns:
             The module, or the layer that replaces it if it is a batch norm itself.
+
+        Raises:
+            TypeError: If a batch norm is of another class, whose behaviour would be lost.
         """
+        known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, cls)
+        for name, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm) and type(layer) not in known:
+                raise TypeError(
+                    f"SyncBatchNorm: expected batch norms of torch.nn, got {type(layer).__name__} in"
+                    f" {name or 'module'!r}: what it does besides would be lost; convert the parts without it, such as"
+                    " model.skfs"
+                )
         if isinstance(module, _BatchNorm):
             converted = cls(
                 module.num_features,

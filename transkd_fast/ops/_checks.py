@@ -136,8 +136,18 @@ def check_batch_norm(op: str, name: str, bn: BatchNorm, channels: int, device: t
                 raise ValueError(f"{op}: expected {name}.{field} on {device}, got {tensor.device}; move it with .to()")
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(f"{op}: expected {name} to have both running_mean and running_var or neither, got one")
-    if bn.momentum is None and bn.num_batches_tracked is None and bn.running_mean is not None:
-        raise ValueError(f"{op}: expected {name}.num_batches_tracked with momentum=None, got None")
+    if not bn.training or bn.running_mean is None or bn.running_var is None:
+        return
+    for field, tensor in (("running_mean", bn.running_mean), ("running_var", bn.running_var)):
+        if channels > 1 and tensor.stride(0) == 0:
+            raise ValueError(f"{op}: expected {name}.{field} to have its own memory per channel; use .clone()")
+    count = bn.num_batches_tracked
+    if count is None:
+        if bn.momentum is None:
+            raise ValueError(f"{op}: expected {name}.num_batches_tracked with momentum=None, got None")
+    elif not isinstance(count, Tensor) or count.dtype != torch.int64 or count.numel() != 1 or count.device != device:
+        got = f"{count.dtype} of shape {list(count.shape)} on {count.device}" if isinstance(count, Tensor) else count
+        raise ValueError(f"{op}: expected {name}.num_batches_tracked to be one int64 on {device}, got {got}")
 
 
 def check_batch_statistics(op: str, name: str, tensor: Tensor, bn: BatchNorm, samples: int) -> None:

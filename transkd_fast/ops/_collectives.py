@@ -24,14 +24,14 @@ def size_of(group: ProcessGroup) -> int:
     return dist.get_world_size(group)
 
 
-def samples_of(shape: Sequence[int], group: ProcessGroup, device: torch.device) -> tuple[int, ...]:
+def samples_of(shapes: Sequence[Sequence[int]], group: ProcessGroup, device: torch.device) -> tuple[int, ...]:
     """Asks all processes for their batch sizes, and whether their maps are of one size.
 
     One small all-gather, read on the host: through the group's CPU backend if it has one (gloo, or
     ``"cpu:gloo,cuda:nccl"``), else on the maps' device, which the host then waits for.
 
     Args:
-        shape: Shape of this process's maps, [B, M, H, W].
+        shapes: Shapes [B, M, H, W] of this process's maps, of one batch.
         group: The processes.
         device: The maps' device.
 
@@ -42,11 +42,14 @@ def samples_of(shape: Sequence[int], group: ProcessGroup, device: torch.device) 
         ValueError: If the sizes differ or a process has no sample; on every process, so that none waits for another.
     """
     on_host = any(backend.startswith("cpu:") for backend in dist.get_backend_config(group).split(","))
-    mine = torch.tensor([shape[0], *shape[2:]], device="cpu" if on_host else device)
+    mine = torch.tensor(
+        [shapes[0][0], *(n for shape in shapes for n in shape[2:])], device="cpu" if on_host else device
+    )
     everyones = mine.new_empty(size_of(group) * len(mine))
     dist.all_gather_into_tensor(everyones, mine, group=group)
     rows = everyones.view(-1, len(mine)).tolist()
-    samples, sizes = tuple(row[0] for row in rows), [row[1:] for row in rows]
+    samples = tuple(row[0] for row in rows)
+    sizes = [list(zip(row[1::2], row[2::2], strict=True)) for row in rows]
     if any(size != sizes[0] for size in sizes):
         raise ValueError(
             f"csf: expected maps of one size on all processes, got {sizes} in the order of ranks; give every process"
@@ -57,6 +60,25 @@ def samples_of(shape: Sequence[int], group: ProcessGroup, device: torch.device) 
             f"csf: expected at least one sample on every process, got batches of {list(samples)} in the order of ranks"
         )
     return samples
+
+
+def check_samples(samples: Sequence[int], batch: int, group: ProcessGroup) -> None:
+    """Checks batch sizes that a caller gives.
+
+    Args:
+        samples: Batch sizes of all processes.
+        batch: That of this one.
+        group: The processes.
+
+    Raises:
+        ValueError: If there are not as many as processes, or this one's is another.
+    """
+    size, rank = size_of(group), dist.get_rank(group)
+    if len(samples) != size or samples[rank] != batch:
+        raise ValueError(
+            f"csf: expected samples to hold the batch sizes of {size} processes, {batch} for rank {rank}, got"
+            f" {list(samples)}"
+        )
 
 
 def first_of(samples: Sequence[int], group: ProcessGroup) -> int:
@@ -82,16 +104,8 @@ def gather(rows: Tensor, samples: Sequence[int], group: ProcessGroup) -> Tensor:
 
     Returns:
         The rows of all processes in the order of ranks, shape [sum of samples, ...].
-
-    Raises:
-        ValueError: If samples are not the batch sizes of this group.
     """
-    size, rank = size_of(group), dist.get_rank(group)
-    if len(samples) != size or samples[rank] != rows.shape[0]:
-        raise ValueError(
-            f"csf: expected samples to hold the batch sizes of {size} processes, {rows.shape[0]} for rank {rank}, got"
-            f" {list(samples)}"
-        )
+    check_samples(samples, rows.shape[0], group)
     largest = max(samples)
     mine = rows.contiguous()
     if rows.shape[0] < largest:

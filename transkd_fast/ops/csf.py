@@ -203,7 +203,7 @@ def csf(
     Args:
         z: output of the 1 x 1 convolution before its batch norm, [B, M, H, W], any floating dtype, NCHW or
             channels-last.
-        y: fused map of the coarser stage, [B, M, h, w]; any size ratio.
+        y: fused map of the coarser stage, [B, M, h, w]; any size ratio. Where its layout is not z's, it is copied.
         bn: batch norm of z over M channels; running statistics are updated in place in training.
         fc_weight: squeeze layer W_fc, [L, M].
         fc_bn: batch norm of the squeeze layer over L channels, or None for none. Where it sees a single value per
@@ -251,12 +251,16 @@ def csf(
         _checks.check_batch_norm(OP, "fc_bn", fc_bn, squeezed, z.device)
     chosen = backends.choose(OP, (z, y, fc_weight, *of_heads.values()), backend)
 
+    if samples is not None and process_group is None:
+        raise ValueError("csf: expected a process_group with samples, got None")
     if process_group is not None and _collectives.size_of(process_group) == 1:
         process_group = None
     if process_group is None:
         samples = (batch,)
     elif samples is None:
-        samples = _collectives.samples_of(z.shape, process_group, z.device)
+        samples = _collectives.samples_of([z.shape], process_group, z.device)
+    else:
+        _collectives.check_samples(samples, batch, process_group)
     total = sum(samples)
     _checks.check_batch_statistics(OP, "z", z, bn, total)
     if fc_bn is not None and total == 1:
@@ -287,7 +291,8 @@ def csf(
         if own is not None and new is not None and new is not own:
             own.copy_(new)
     if not torch.compiler.is_compiling():  # kernels write through pointers, past autograd's count of changes
-        torch.autograd.graph.increment_version([t for t in updated if t is not None])
+        tracked = [*updated[:3] * (map_settings[0] == TRACKED), *updated[3:] * (fc_settings[0] == TRACKED)]
+        torch.autograd.graph.increment_version([t for t in tracked if t is not None])
     return v
 
 

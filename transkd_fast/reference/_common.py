@@ -120,3 +120,40 @@ def move_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
         factor = bn.num_batches_tracked.to(mean.dtype).reciprocal()
     for running, new in ((bn.running_mean, mean), (bn.running_var, var)):
         running.copy_(torch.lerp(running.to(new.dtype), new, factor))
+
+
+def nearest_index(out_size: int, in_size: int) -> Tensor:
+    """Computes the source index of each output pixel of nearest interpolation along one axis.
+
+    Args:
+        out_size: Output size in pixels.
+        in_size: Input size in pixels.
+
+    Returns:
+        min(floor(i * (in_size / out_size)), in_size - 1) for i in [0, out_size) in float32 arithmetic, int64.
+
+    Source: `torch.nn.functional.interpolate` of float32. In rare pairs of sizes, 2 to 82 for one, this is not
+        (i * in_size) // out_size; in others, 2 to 164 for one, torch's float64 on CPU departs from it.
+    """
+    scale = torch.tensor(in_size, dtype=torch.float32) / out_size
+    return (torch.arange(out_size, dtype=torch.float32) * scale).floor().long().clamp(max=in_size - 1)
+
+
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Interpolates by the nearest pixel, in every dtype by the rule of float32.
+
+    Args:
+        x: Shape [B, C, h, w], any floating dtype.
+        size: Height and width of the result in pixels, in any ratio to x's.
+
+    Returns:
+        Shape [B, C, *size], x's dtype.
+
+    Source: `torch.nn.functional.interpolate`, mode "nearest"; its float64 takes other pixels at rare ratios, so that
+        results of two precisions could not be compared.
+    """
+    if x.dtype != torch.float64:
+        return F.interpolate(x, size=size, mode="nearest")
+    for dim, length in zip((2, 3), size, strict=True):
+        x = x.index_select(dim, nearest_index(length, x.shape[dim]).to(x.device))
+    return x

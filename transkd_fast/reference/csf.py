@@ -15,6 +15,7 @@ from transkd_fast.reference._common import (
     batch_norm,
     compute_dtype,
     move_running_statistics,
+    upsample,
     values_per_channel,
     without_autocast,
 )
@@ -68,7 +69,7 @@ def csf(
     """
     dtype = compute_dtype(z, y)
     with without_autocast(z):
-        up = F.interpolate(y.to(dtype), size=z.shape[2:], mode="nearest")
+        up = upsample(y.to(dtype), (z.shape[2], z.shape[3]))
         if global_batch is None:
             x = batch_norm(z.to(dtype), bn)
             pooled = (x + up).mean(dim=(2, 3))

@@ -165,23 +165,6 @@ def projection_key(embed: int, stage: int) -> str:
     return f"embed{stage if embed == 5 else 1}_linearproject"
 
 
-def nearest_index(out_size: int, in_size: int) -> Tensor:
-    """Computes the source index of each output pixel of nearest interpolation along one axis.
-
-    Args:
-        out_size: Output size in pixels.
-        in_size: Input size in pixels.
-
-    Returns:
-        min(floor(i * (in_size / out_size)), in_size - 1) for i in [0, out_size) in float32 arithmetic, int64.
-
-    Source: `torch.nn.functional.interpolate` of every dtype, float64 included. In rare pairs of sizes, 2 to 82 for
-        one, this is not (i * in_size) // out_size.
-    """
-    scale = torch.tensor(in_size, dtype=torch.float32) / out_size
-    return (torch.arange(out_size, dtype=torch.float32) * scale).floor().long().clamp(max=in_size - 1)
-
-
 def cross_entropy_2d(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Computes the training scripts' weighted cross-entropy, NaN where the summed class weights are 0.
 

@@ -9,6 +9,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "common/half.h"
@@ -84,9 +86,15 @@ class Writer {
 };
 
 // For a large new tensor: where the allocator has returned its memory, writing it first costs a page fault for every
-// 4 KB, more than the pass itself.
+// 4 KB, more than the pass itself. TRANSKD_FAST_HUGE_PAGES=0 leaves pages as they are: the memory stays marked when the
+// allocator hands it on.
 inline void use_huge_pages(const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
+  static const bool wanted = [] {
+    const char* const setting = std::getenv("TRANSKD_FAST_HUGE_PAGES");
+    return setting == nullptr || std::strcmp(setting, "0") != 0;
+  }();
+  if (!wanted) return;
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel() * static_cast<int64_t>(tensor.element_size()));
