@@ -151,7 +151,7 @@ CSF_OP = Op(
     odd=Case(3, 5, (9, 13), (5, 7)),
     medium=Case(2, 16, (64, 64), (32, 32), 4),
     large=Case(2, 48, (65, 97), (33, 49)),
-    # torch sums a channel's gradients in one float32 chain per row or so.
+    # In channels-last torch's own batch norm loses as much in float32: 5.5e-5 on 1 x 8 x 30 x 500.
     eager_tolerance={torch.float32: 1e-4},
 )
 
@@ -295,9 +295,12 @@ class TestCSF(OpChecks):
                 assert torch.equal(strided[name], expected[f"{name} afterwards"])
 
     @each("training fc_training", [(True, True), (True, False), (False, True), (False, False)])
-    def test_changes_are_counted_for_autograd(self, training, fc_training, backend):
+    @pytest.mark.parametrize("strided", [False, True])
+    def test_changes_are_counted_for_autograd(self, strided, training, fc_training, backend):
         """Who saved the running statistics for a backward is told when they changed, and only then."""
         inputs = self.op.make(TINY, backend=backend)
+        if strided:
+            inputs |= {n: torch.stack([inputs[n]] * 2, dim=-1)[..., 0] for n in self.op.changes if inputs[n].dim()}
         before = {name: inputs[name]._version for name in self.op.changes}
         call(inputs, backend, {"training": training}, {"training": fc_training})
         for name, version in before.items():

@@ -1,7 +1,9 @@
 """Keeping freed memory, and the peak of what is allocated, seen from outside."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,29 @@ print(libc.sbrk(0) - before)
 def test_more_than_2_gib_stay_in_the_process():
     run = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
     assert int(run.stdout) > 5 << 29
+
+
+HUGE = """
+import torch
+from transkd_fast.functional import BatchNorm, csf
+ones, fc = torch.ones(64), torch.ones(4, 64)
+heads = ((fc.T.contiguous(), ones),) * 2
+norm = BatchNorm(*[ones.clone() for _ in range(4)])
+v = csf(torch.randn(2, 64, 128, 256), torch.randn(2, 64, 64, 128), norm, fc, None, heads, backend="cpu")
+print(any(line.startswith("VmFlags") and " hg" in line for line in open("/proc/self/smaps")))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are asked for on Linux")
+def test_huge_pages_can_be_left_alone():
+    def marks(**environment):
+        command = [sys.executable, "-c", HUGE]
+        run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    thp = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    assert marks(TRANSKD_FAST_HUGE_PAGES="0") == "False"
+    assert marks() == str(thp.exists())
 
 
 def test_peak_is_what_is_alive_at_once():

@@ -273,7 +273,7 @@ def csf(
 
     if chosen == "eager":
         return csf_reference(z, y, bn, fc_weight, fc_bn, heads, _collectives.joining(samples, process_group))
-    z = z if z.is_contiguous() else _in_layout(z, _channels_last(z))
+    z = _in_layout(z, _channels_last(z))
     y = _in_layout(y, _channels_last(z))
     affine = (None, None) if fc_bn is None else (fc_bn.weight, fc_bn.bias)
     parameters = [
@@ -287,12 +287,14 @@ def csf(
     updated = [None if t is None else t.contiguous() for t in running]
     settings = map_settings, fc_settings
     v = _CSF.apply(chosen, settings, process_group, tuple(samples), grad_enabled, *updated, *inputs)
-    for own, new in zip(running, updated, strict=True):
-        if own is not None and new is not None and new is not own:
+    kinds = [map_settings[0]] * 3 + [fc_settings[0]] * 3
+    for own, new, kind in zip(running, updated, kinds, strict=True):
+        if own is None or new is None or kind != TRACKED:
+            continue
+        if new is not own:
             own.copy_(new)
-    if not torch.compiler.is_compiling():  # kernels write through pointers, past autograd's count of changes
-        tracked = [*updated[:3] * (map_settings[0] == TRACKED), *updated[3:] * (fc_settings[0] == TRACKED)]
-        torch.autograd.graph.increment_version([t for t in tracked if t is not None])
+        elif not torch.compiler.is_compiling():  # kernels write through pointers, past autograd's count of changes
+            torch.autograd.graph.increment_version(own)
     return v
 
 
