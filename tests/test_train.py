@@ -8,7 +8,7 @@ import math
 import pytest
 import tiny_run
 import torch
-from tiny_run import quiet, rows, same, tiny_config
+from tiny_run import pattern, quiet, rows, same, tiny_config
 from torch.optim.lr_scheduler import PolynomialLR
 
 from transkd_fast import models
@@ -237,6 +237,82 @@ def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(tmp_path, mon
         trainer.fit()
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["epoch"] == 1 and all(t.isfinite().all() for t in state["model"].values() if t.is_floating_point())
+
+
+def spoil(trainer, name, value, after):
+    """Makes one element of what the trainer holds `value` before its first step, or as a step's update would."""
+    network = trainer.task.teacher if name.startswith("teacher.") else trainer.task.model
+    tensor, steps = network.state_dict()[name.removeprefix("teacher.")], []
+
+    def change(*_):
+        steps.append(None)
+        if len(steps) == after + 1:
+            tensor.view(-1)[0] = value
+
+    trainer.optimizer.register_step_post_hook(change)
+    change()
+    return trainer
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize(
+    ("variant", "name", "value"),
+    [
+        ("base", "embed2_linearproject.weight", math.nan),
+        ("base", "skfs.3.fcs.1.bias", math.inf),
+        ("gl", "conv_weight", math.nan),
+        ("gl", "attn4.proj.bias", math.nan),
+        ("ea", "fuse_weights.6", -math.inf),
+        ("ea", "patch_embed3.norm.weight", math.nan),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(variant, name, value, after, tmp_path):
+    """After the step that it spoils none is finite, and the next look comes at the end of the epoch of four steps."""
+    trainer = make_trainer(tiny_config(tmp_path, distill__variant=variant, data__train_length=8), tmp_path)
+    with pytest.raises(TrainingError) as error:
+        spoil(trainer, name, value, after).fit()
+    assert str(error.value) == (
+        "student: loss, ce, hcl, pea, grad_norm not finite in epoch 1 within the last 10 steps up to step 4;"
+        f" not finite before: {name}; the last whole checkpoint is none; check the weights that it started from,"
+        " or try a lower learning rate or precision=fp32"
+    )
+
+
+def test_a_statistic_that_is_not_finite_is_named_though_no_loss_shows_it(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"student: skfs\.1\.conv1\.1\.running_var not finite in epoch 1 .*; the last"
+    ):
+        spoil(make_trainer(tiny_config(tmp_path), tmp_path), "skfs.1.conv1.1.running_var", math.nan, 0).fit()
+
+
+@pytest.mark.parametrize("name", ["stages.2.weight", "norm.running_mean"])
+def test_a_teachers_weight_that_is_not_finite_is_named(name, tmp_path):
+    with pytest.raises(TrainingError, match=f"not finite before: the teacher's {pattern(name)}; the last"):
+        spoil(make_trainer(tiny_config(tmp_path), tmp_path), f"teacher.{name}", math.nan, 0).fit()
+
+
+def test_of_many_weights_that_are_not_finite_a_few_are_named(tmp_path):
+    trainer = make_trainer(tiny_config(tmp_path), tmp_path)
+    names = [name for name, _ in trainer.task.model.named_parameters()]
+    for name in names:
+        spoil(trainer, name, math.nan, 0)
+    with pytest.raises(TrainingError, match=f"before: {pattern(', '.join(names[:3]))} and {len(names) - 3} more; the"):
+        trainer.fit()
+
+
+def test_weights_are_not_blamed_for_a_loss_that_broke_first(tmp_path, monkeypatch):
+    trainer, calls = make_trainer(tiny_config(tmp_path, data__train_length=8), tmp_path), []
+    losses = trainer.task.losses
+
+    def broken(images, labels):
+        calls.append(None)
+        terms = losses(images, labels)
+        return terms | {"pea": terms["pea"] * (math.nan if len(calls) == 2 else 1)}
+
+    monkeypatch.setattr(trainer.task, "losses", broken)
+    with pytest.raises(TrainingError, match="not finite in epoch 1 within the last 10 steps up to step 4; the last"):
+        trainer.fit()
+    assert not any(p.isfinite().any() for p in trainer.task.model.embed1_linearproject.parameters())
 
 
 def test_evaluations_are_spaced_and_the_last_epoch_is_evaluated(tmp_path):

@@ -19,10 +19,12 @@ from tqdm import tqdm
 from transkd_fast import backends
 from transkd_fast.data import EpochSampler
 from transkd_fast.models import load_weights
-from transkd_fast.train.build import Log, Task, autocast, derived_seed
+from transkd_fast.train.build import DistillationTask, Log, Task, autocast, derived_seed
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, save_checkpoint, write_text
 from transkd_fast.train.config import Config, FitConfig
 from transkd_fast.train.metrics import Scores, SegmentationMeter
+
+NAMED = 3  # of the weights that are not finite, in the message
 
 
 class TrainingError(RuntimeError):
@@ -153,7 +155,7 @@ class Trainer:
             The result.
 
         Raises:
-            TrainingError: if a loss or the gradient's norm is not finite.
+            TrainingError: if a loss, the gradient's norm, a weight or a running statistic is not finite.
             CheckpointError: if the checkpoint to resume from is broken or of another run.
             WeightsError: if its weights do not fit.
         """
@@ -191,18 +193,22 @@ class Trainer:
         torch.manual_seed(derived_seed(self.config.seed, self.name, self.epoch))
         self.task.model.train()
         sums: dict[str, Tensor] = {}
+        state = _floating(self.task.model)
+        broken = torch.zeros(len(state), dtype=torch.bool, device=self.device)
         images_seen = 0
         start = time.perf_counter()
         label = f"{self.name} {self.epoch + 1}/{self.fit_config.epochs}"
         with tqdm(total=len(self.train_loader), desc=label, unit="step", leave=False) as bar:
             for index, (images, labels) in enumerate(batches):
+                broken |= _broken_first(state, sums)
                 terms = self._step(images, labels, self.epoch * len(self.train_loader) + index)
                 for key, value in terms.items():
                     sums[key] = sums.get(key, 0) + value.detach()
                 images_seen += len(images)
                 bar.update()
                 if (index + 1) % self.config.log_every == 0 or index + 1 == len(self.train_loader):
-                    means = self._finite_means(sums, index + 1)
+                    names = [name for name, is_broken in zip(state, broken.tolist(), strict=True) if is_broken]
+                    means = self._finite_means(sums, names, index + 1)
                     rate = images_seen / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{rate:.1f} img/s " + " ".join(f"{k} {v:.3f}" for k, v in means.items()))
         if self.device.type == "cuda":
@@ -226,16 +232,24 @@ class Trainer:
         self.optimizer.step()
         return terms
 
-    def _finite_means(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+    def _finite_means(self, sums: dict[str, Tensor], weights: list[str], steps: int) -> dict[str, float]:
         means = {key: value.item() / steps for key, value in sums.items()}
         broken = [key for key, value in means.items() if not math.isfinite(value)]
-        if broken:
-            raise TrainingError(
-                f"{self.name}: {', '.join(broken)} not finite in epoch {self.epoch + 1} within "
-                f"the last {self.config.log_every} steps up to step {steps}; the last whole checkpoint is "
-                f"{self.last if self.last.exists() else 'none'}; try a lower learning rate or precision=fp32"
-            )
-        return means
+        if not broken and not weights:
+            return means
+        if not weights and isinstance(self.task, DistillationTask):
+            state = _floating(self.task.teacher)  # which no step changes
+            flags = _not_finite(state).tolist()
+            weights = [f"the teacher's {name}" for name, is_broken in zip(state, flags, strict=True) if is_broken]
+        more = f" and {len(weights) - NAMED} more" if len(weights) > NAMED else ""
+        named = f"{', '.join(weights[:NAMED])}{more}"
+        advice = "check the weights that it started from, or " if weights else ""
+        raise TrainingError(
+            f"{self.name}: {', '.join(broken) or named} not finite in epoch {self.epoch + 1} within "
+            f"the last {self.config.log_every} steps up to step {steps}"
+            f"{f'; not finite before: {named}' if broken and weights else ''}; the last whole checkpoint is "
+            f"{self.last if self.last.exists() else 'none'}; {advice}try a lower learning rate or precision=fp32"
+        )
 
     def _finish_epoch(self, train_row: dict[str, float], scores: Scores | None) -> None:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.epoch * len(self.train_loader), **train_row}
@@ -298,3 +312,21 @@ class Trainer:
         if path.exists():
             with path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    """The weights and running statistics of a network."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+def _not_finite(state: dict[str, Tensor]) -> Tensor:
+    return ~torch.stack(torch._foreach_norm(list(state.values()), math.inf)).isfinite()
+
+
+def _broken_first(state: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
+    """Says what is not finite while every loss and gradient still was, without waiting for the device.
+
+    Afterwards it is too late to tell: one gradient that is not finite reaches every weight through the clipped norm.
+    """
+    broken = _not_finite(state)
+    return broken & torch.stack(list(sums.values())).isfinite().all() if sums else broken
