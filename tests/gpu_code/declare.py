@@ -23,6 +23,7 @@ class Cuda:
 
     name: str
     wide: Wide = Wide()
+    tensor_cores: bool = False  # must its code use them
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Triton:
     call: Callable[[], object]
     wide: dict[str, Wide] = field(default_factory=dict)  # by kernel function
     archs: tuple[int, ...] = ARCHS
+    tensor_cores: tuple[str, ...] = ()  # kernel functions whose code must use them
 
 
 @dataclass
@@ -56,10 +58,19 @@ class Op:
 
     def wide(self, backend, kernel):
         """The wide accesses that a kernel of the table is declared to have."""
+        entry, function = self._entry(backend, kernel)
+        return entry.wide if backend == "cuda" else entry.wide.get(function, Wide())
+
+    def tensor_cores(self, backend, kernel):
+        """Whether a kernel of the table is declared to use tensor cores."""
+        entry, function = self._entry(backend, kernel)
+        return entry.tensor_cores if backend == "cuda" else function in entry.tensor_cores
+
+    def _entry(self, backend, kernel):
         if backend == "cuda":
-            return next(entry.wide for entry in self.cuda if entry.name == kernel)
+            return next(entry for entry in self.cuda if entry.name == kernel), kernel
         function, _, call = kernel.partition(" ")
-        return next(entry.wide.get(function, Wide()) for entry in self.triton if entry.name == call.partition(" #")[0])
+        return next(entry for entry in self.triton if entry.name == call.partition(" #")[0]), function
 
 
 def op_names():

@@ -3,17 +3,19 @@
 
 #include <cstdint>
 
+#include "cuda/common/tile_product.cuh"
+
 namespace transkd {
 
 template <int V>
-struct alignas(4 * V) Pack {
+struct alignas(4 * V) Vector {
   float value[V];
 };
 
 template <int V>
 __global__ void copy(const float* __restrict__ x, float* __restrict__ y, int64_t n) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
-  if (i < n) *reinterpret_cast<Pack<V>*>(y + i) = *reinterpret_cast<const Pack<V>*>(x + i);
+  if (i < n) *reinterpret_cast<Vector<V>*>(y + i) = *reinterpret_cast<const Vector<V>*>(x + i);
 }
 
 // A local array with an index known only when it runs.
@@ -35,6 +37,21 @@ __global__ void __launch_bounds__(1024) spill(const float* __restrict__ x, float
   }
 #pragma unroll
   for (int i = 0; i < 160; ++i) y[i * 1024 + threadIdx.x] = sums[i];
+}
+
+// The product of a tile with itself, by tensor cores or not.
+template <class S, bool kTf32>
+__global__ void __launch_bounds__(256) product(const S* __restrict__ x, float* __restrict__ y) {
+  constexpr int kLeading = leading_of<S>(64), kSumLeading = leading_of<float>(64);
+  __shared__ __align__(32) S tile[64 * kLeading];
+  __shared__ __align__(32) float sum[64 * kSumLeading];
+  for (int i = threadIdx.x; i < 64 * kLeading; i += 256) tile[i] = x[i];
+  __syncthreads();
+  TileProduct<S, Order::kRowMajor, Order::kRowMajor, kTf32> product;
+  product.add(tile, kLeading, tile, kLeading, 64);
+  product.store(sum, kSumLeading);
+  __syncthreads();
+  for (int i = threadIdx.x; i < 64 * kSumLeading; i += 256) y[i] = sum[i];
 }
 
 }  // namespace transkd

@@ -20,6 +20,7 @@ class Resources:
     ldg128: int  # instructions, as are all below; 256-bit ones count too
     stg128: int
     local: int
+    mma: int  # of tensor cores
 
 
 def find_cuobjdump(folders=()):
@@ -87,6 +88,8 @@ def instruction_counts(codes):
         "ldg128": sum(wide(code, {"LDG", "LDGSTS"}) for code in codes),  # LDGSTS: cp.async
         "stg128": sum(wide(code, {"STG"}) for code in codes),
         "local": sum(code.split(".")[0] in {"LDL", "STL"} for code in codes),
+        # mma.sync, wgmma (sm_90), tcgen05 (sm_100); fp64 ones are not counted.
+        "mma": sum(re.match(r"HMMA\b|HGMMA\b|UTC\w*MMA\b", code) is not None for code in codes),
     }
 
 
@@ -131,12 +134,13 @@ def same_name(name):
     return re.sub(r"\s", "", name)
 
 
-def gate(wide, needs):
+def gate(wide, needs, tensor_cores=False):
     """What is wrong with a kernel.
 
     Args:
         wide: declare.Wide, the wide accesses it must have.
         needs: Its Resources.
+        tensor_cores: Whether it must use tensor cores.
 
     Returns:
         Complaints, empty where every gate holds.
@@ -152,4 +156,6 @@ def gate(wide, needs):
         complaints.append(f"lacks 128-bit global loads ({needs.ldg128} LDG.E.128, expected {wide.loads} or more)")
     if needs.stg128 < wide.stores:
         complaints.append(f"lacks 128-bit global stores ({needs.stg128} STG.E.128, expected {wide.stores} or more)")
+    if tensor_cores and not needs.mma:
+        complaints.append("uses no tensor cores (HMMA, HGMMA or UTC*MMA)")
     return complaints

@@ -36,7 +36,7 @@ def complaints(op, backend, measured):
     return [
         f"{kernel} sm_{arch} " + ", ".join(found)
         for (kernel, arch), needs in measured.items()
-        if (found := sass.gate(op.wide(backend, kernel), needs))
+        if (found := sass.gate(op.wide(backend, kernel), needs, op.tensor_cores(backend, kernel)))
     ]
 
 

@@ -63,7 +63,7 @@ def test_table_holds_only_declared_kernels():
 
 
 def test_a_difference_from_the_table_is_named_with_the_command_that_renews_it():
-    needs = sass.Resources(registers=40, shared=0, spill=0, stack=0, ldg128=4, stg128=4, local=0)
+    needs = sass.Resources(registers=40, shared=0, spill=0, stack=0, ldg128=4, stg128=4, local=0, mma=0)
     op = declare.Op("some", cuda=(declare.Cuda("a"), declare.Cuda("b")))
     committed = table.rows_of(op, "cuda", "nvcc 1.2.3", {("a", 80): needs, ("b", 80): needs})
 
@@ -132,15 +132,27 @@ def test_kernels_are_found_in_the_sources():
 
 
 NARROW = {"lacks 128-bit global loads", "lacks 128-bit global stores"}
+NO_TENSOR_CORES = {"uses no tensor cores"}
 STACK = {"uses a stack frame", "touches local memory"}
 # Each gate must fail on a kernel with its fault and pass its sound twin.
 FAULTS = {
-    "cuda": {"copy<4>": set(), "copy<1>": NARROW, "stack_frame": STACK, "spill": {"spills registers", *STACK}},
+    "cuda": {
+        "copy<4>": set(),
+        "copy<1>": NARROW,
+        "stack_frame": STACK,
+        "spill": {"spills registers", *STACK},
+        "product<__nv_bfloat16, false>": set(),
+        "product<float, true>": set(),
+        "product<float, false>": NO_TENSOR_CORES,
+    },
     "triton": {
         "copy aligned": set(),
         "copy unaligned": NARROW,
         "stack_frame index": STACK,
         "spill tile": {"spills registers", *STACK},
+        "product bf16": set(),
+        "product tf32": set(),
+        "product fp32": NO_TENSOR_CORES,
     },
 }
 
@@ -151,7 +163,8 @@ def test_gates_find_planted_faults_and_pass_a_sound_kernel(compiled, backend):
     assert {name for name, _ in measured} == set(FAULTS[backend])
     assert {arch for _, arch in measured} >= {80, 90}
     for (name, arch), needs in measured.items():
-        found = {complaint.partition(" (")[0] for complaint in sass.gate(planted.OP.wide(backend, name), needs)}
+        declared = planted.OP.wide(backend, name), needs, planted.OP.tensor_cores(backend, name)
+        found = {complaint.partition(" (")[0] for complaint in sass.gate(*declared)}
         assert found == FAULTS[backend][name], f"{name} sm_{arch}: {needs}"
 
 
@@ -187,8 +200,15 @@ def test_opcodes_are_read_with_and_without_a_predicate(line, opcode):
 def test_wide_accesses_are_told_from_narrow_and_other_ones():
     wide = ["LDG.E.128", "LDG.E.128.CONSTANT", "LDG.E.EF.128", "LDG.E.ENL2.256", "LDGSTS.E.BYPASS.128"]
     narrow = ["LDG.E.64", "LDG.E.U8", "LDG.E", "LDS.128", "LD.E.128", "STG.E.128"]
-    assert sass.instruction_counts(wide + narrow) == {"ldg128": 5, "stg128": 1, "local": 0}
+    assert sass.instruction_counts(wide + narrow) == {"ldg128": 5, "stg128": 1, "local": 0, "mma": 0}
     assert sass.instruction_counts(["LDL", "STL.64", "LDL.LU"])["local"] == 3
+
+
+def test_tensor_cores_are_told_from_other_arithmetic():
+    used = ["HMMA.16816.F32.BF16", "HMMA.1684.F32.TF32", "HGMMA.64x64x16.F32.BF16", "UTCHMMA", "UTCQMMA.2CTA"]
+    others = ["HFMA2.MMA", "FFMA", "DMMA.8x8x4", "IMMA.16816.S8.S8", "UTCBAR", "HADD2"]
+    assert sass.instruction_counts(used)["mma"] == len(used)
+    assert sass.instruction_counts(others)["mma"] == 0
 
 
 @pytest.mark.parametrize(
