@@ -315,6 +315,13 @@ def test_weights_are_not_blamed_for_a_loss_that_broke_first(tmp_path, monkeypatc
     assert not any(p.isfinite().any() for p in trainer.task.model.embed1_linearproject.parameters())
 
 
+def test_an_empty_parameter_is_no_error(tmp_path):
+    trainer = make_trainer(tiny_config(tmp_path), tmp_path)
+    trainer.task.model.register_buffer("nothing", torch.empty(0))
+    trainer.fit()
+    assert len(rows(tmp_path)) == 2
+
+
 def test_evaluations_are_spaced_and_the_last_epoch_is_evaluated(tmp_path):
     make_trainer(tiny_config(tmp_path, fit__epochs=5, fit__eval_every=2), tmp_path).fit()
     assert [row["val/miou"] != "" for row in rows(tmp_path)] == [False, True, False, True, True]

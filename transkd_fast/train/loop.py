@@ -315,8 +315,8 @@ class Trainer:
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """The weights and running statistics of a network."""
-    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    """The weights and running statistics of a network; an empty one is finite, and has no norm."""
+    return {name: t for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()}
 
 
 def _not_finite(state: dict[str, Tensor]) -> Tensor:
