@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Which torch a new .venv gets: requirements, or pip's options, e.g. TORCH="torch==2.11.0 torchvision==0.26.0".
 TORCH ?= torch torchvision
 SOURCES := setup.py pyproject.toml $(shell find tools csrc -type f -not -name '*.pyc')
-CXX_SOURCES = $(shell find csrc tests/cuda_on_cpu tests/gpu_code -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 .PHONY: demo test test-triton lint format bench dist-check gpu gpu-carry gpu-keep clean
 

@@ -15,5 +15,18 @@ STABLE_TORCH_LIBRARY(transkd_fast, m) {
   m.def(
       "csf_bwd_apply(Tensor grad, Tensor z, Tensor y, Tensor sums, Tensor state, int first, Tensor?[] parameters,"
       " int norm, int fc_norm, bool[] wanted) -> Tensor[]");
+  m.def(
+      "pea_fwd(Tensor[] xs, Tensor[] weights, Tensor[] biases, Tensor[] targets, Tensor[] assistants,"
+      " Tensor[] projection_scales, Tensor[] assistant_scales, float[] stage_weights, bool[] wanted, bool tf32)"
+      " -> (Tensor loss, Tensor factors, Tensor[] kept)");
+  m.def("pea_bwd(Tensor grad, Tensor factors, Tensor[] kept, int[] dtypes) -> Tensor[]");
+  m.def(
+      "gl_mixer_fwd(Tensor e, Tensor u, Tensor conv_a_weight, Tensor conv_a_bias, Tensor conv_b_weight,"
+      " Tensor conv_b_bias, Tensor attention_weight, Tensor conv_weight, bool residual, bool keep, bool tf32)"
+      " -> (Tensor out, Tensor branches)");
+  m.def(
+      "gl_mixer_bwd(Tensor grad, Tensor e, Tensor u, Tensor branches, Tensor conv_a_weight, Tensor conv_a_bias,"
+      " Tensor conv_b_weight, Tensor conv_b_bias, Tensor attention_weight, Tensor conv_weight, bool residual,"
+      " bool[] wanted, bool tf32) -> Tensor[]");
   m.def("cuda_selftest(Tensor x) -> Tensor");
 }

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from kernels_here import affordable, device_of, interpreted, kernels_of
-from op_description import Cases, Op, assert_same
+from op_description import Cases, Op, assert_same, relative
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -98,6 +98,11 @@ def inside(tensor, dim, before, after=0, step=1):
     return strided.copy_(tensor)
 
 
+def steps(tensor):
+    """The strides that count: one of a single element leads nowhere."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 # Per view the fewest dimensions that it needs, and the tensor of the same shape.
 VIEWS = {
     "every_second_column": (1, lambda t: inside(t, -1, 0, step=2)),
@@ -105,7 +110,7 @@ VIEWS = {
     "part_of_the_channels": (2, lambda t: inside(t, 1, 1, 1)),
     "transposed": (2, lambda t: t.transpose(-2, -1).contiguous().transpose(-2, -1)),
     "expanded_channels": (3, lambda t: t[:, :1].expand_as(t)),
-    "rows_of_tokens": (4, lambda t: inside(t.permute(0, 2, 3, 1), 1, 2).permute(0, 3, 1, 2)),
+    "rows_of_tokens": (3, lambda t: inside(t.movedim(1, -1), 1, 2).movedim(-1, 1) if t.dim() == 4 else inside(t, 1, 2)),
 }
 
 
@@ -146,12 +151,12 @@ class OpChecks:
             kind, _, leaf = name.partition(" of ")
             if kind == "gradient":
                 assert value.dtype == inputs[leaf].dtype, name
-                assert backend == "eager" or value.stride() == inputs[leaf].stride(), name
+                assert backend == "eager" or steps(value) == steps(inputs[leaf]), name
             elif kind.startswith("output"):
                 loss = torch.float64 if dtype == torch.float64 else torch.float32
                 assert value.dtype == (dtype if value.dim() else loss), name
 
-    @each("layout", lambda op: [(layout,) for layout in op.layouts])
+    @each("layout", lambda op: [(layout,) for layout in op.layouts], lambda op: [(op.layouts[0],)])
     def test_gradcheck(self, layout, backend):
         op, inputs = self.op, self.op.make(self.op.tiny, torch.float64, layout, backend)
         leaves = [inputs[name].requires_grad_() for name in op.leaves]
@@ -167,7 +172,7 @@ class OpChecks:
     @each(
         "dtypes layout",
         lambda op: itertools.product(op.mixed, op.layouts),
-        lambda op: zip(op.mixed[:2], op.layouts[:2], strict=True),
+        lambda op: zip(op.mixed[:2], itertools.cycle(op.layouts)),
     )
     def test_mixed_dtypes(self, dtypes, layout, backend):
         inputs = self.op.make(self.op.even, torch.float32, layout, backend)
@@ -260,7 +265,7 @@ class OpChecks:
     @each(
         "dtype layout",
         lambda op: itertools.product(op.dtypes[:2], op.layouts),
-        lambda op: zip(op.dtypes[:2], op.layouts[:2], strict=True),
+        lambda op: zip(op.dtypes[:2], itertools.cycle(op.layouts)),
     )
     def test_results_repeat_bit_for_bit_with_any_number_of_threads(self, dtype, layout, backend):
         case = self.op.odd if interpreted(backend) else self.op.large
@@ -288,7 +293,7 @@ class OpChecks:
     @each(
         "bad dtype layout",
         lambda op: itertools.product([math.nan, math.inf, -math.inf], op.dtypes[:3], op.layouts),
-        lambda op: zip([math.nan, math.inf], op.dtypes[:2], op.layouts[:2], strict=True),
+        lambda op: zip([math.nan, math.inf], op.dtypes, itertools.cycle(op.layouts)),
     )
     def test_nan_and_inf_come_out_where_they_do_in_eager(self, bad, dtype, layout, backend):
         for name in self.op.poisoned or self.op.leaves:
@@ -316,7 +321,7 @@ class OpChecks:
                 results = [description(raw_op(name, backend)(*given)) for given in (arguments, fakes)]
                 assert results[0] == results[1], (case, name)
 
-    @each("dynamic", [(False,), (True,)])
+    @each("dynamic", [(False,), (True,)], few=[(True,)])
     def test_compiles_without_graph_breaks(self, dynamic, backend):
         step = compiled(self.op.call, dynamic=dynamic, backend="aot_eager")
         for case in (self.op.even, self.op.odd):
@@ -340,7 +345,13 @@ class OpChecks:
         inputs = self.op.make(self.op.odd, backend=backend)
         plain = self.op.run(inputs, backend)
         autocast = torch.autocast(device_of(backend), dtype=torch.bfloat16)
-        assert_same(self.op.run(inputs, backend, call=autocast(self.op.call)), plain)
+        runs = [self.op.run(inputs, backend, call=autocast(self.op.call))]
         if backend != "eager":  # whose backward is torch's, which warns against autocast there
             with autocast:
-                assert_same(self.op.run(inputs, backend), plain)
+                runs.append(self.op.run(inputs, backend))
+        for values in runs:
+            if self.op.multiplied and device_of(backend) == "cuda":  # whose products are TF32's there
+                for name, value in plain.items():
+                    assert relative(values[name], value.cpu().double()) < 2**-9, name
+            else:
+                assert_same(values, plain)

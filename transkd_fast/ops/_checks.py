@@ -12,6 +12,23 @@ from transkd_fast.reference._common import BatchNorm
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_given(op: str, **tensors: Tensor) -> None:
+    """Checks that arguments are tensors of a supported floating dtype on one device; None does not pass.
+
+    Args:
+        op: Name of the op, for the message.
+        **tensors: Arguments by name.
+
+    Raises:
+        TypeError: If one is no tensor or has another dtype.
+        ValueError: If devices differ.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"{op}: expected {name} to be a tensor, got None")
+    check_floating(op, **tensors)
+
+
 def check_floating(op: str, **tensors: Tensor | None) -> None:
     """Checks that arguments are tensors of a supported floating dtype on one device; None passes.
 

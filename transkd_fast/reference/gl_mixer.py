@@ -39,11 +39,12 @@ def gl_mixer(
 
     Source: TransKD section III-D (global-local context mixer).
     """
-    dtype = compute_dtype(e, u)
+    storage, dtype = e.dtype, compute_dtype(e, u)
     with without_autocast(e):
-        x = e.to(dtype).transpose(1, 2)
+        e = e.to(dtype)  # once: the gradients of both its uses are then added before they are rounded
+        x = e.transpose(1, 2)
         value = F.conv1d(x, conv_a_weight.to(dtype), conv_a_bias.to(dtype), padding=1)
         gate = F.conv1d(x, conv_b_weight.to(dtype), conv_b_bias.to(dtype), padding=1)
         local = (value * gate.sigmoid()).transpose(1, 2)
         mix = attention_weight.to(dtype) * u.to(dtype) + conv_weight.to(dtype) * local
-        return (mix + e.to(dtype) if residual else mix).to(e.dtype)
+        return (mix + e if residual else mix).to(storage)

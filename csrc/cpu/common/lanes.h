@@ -78,4 +78,24 @@ TRANSKD_INLINE void over_lanes(int64_t count, const F& f) {
   for (; i < count; ++i) f(Tag<Lanes<Vector<T, sizeof(T)>, 1>>(), i);
 }
 
+// The sum of lanes of all widths.
+template <class T>
+struct Total {
+  Vector<T> wide;
+  T single = 0;
+
+  template <class V, int N>
+  TRANSKD_INLINE void add(const Lanes<V, N>& lanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) {
+      if constexpr (V::kSize == Vector<T>::kSize) {
+        wide.lanes += lanes.part[k].lanes;
+      } else {
+        single += lanes.part[k].sum();
+      }
+    }
+  }
+  TRANSKD_INLINE double sum() const { return static_cast<double>(wide.sum()) + static_cast<double>(single); }
+};
+
 }  // namespace transkd

@@ -37,6 +37,9 @@ class Reader {
   // The room that a buffer for n elements needs.
   int64_t buffer(int64_t n) const { return is_narrow(type_) ? n : 0; }
 
+  int64_t element_size() const { return is_narrow(type_) ? 2 : sizeof(Compute); }
+  const void* at(int64_t offset) const { return static_cast<const char*>(data_) + offset * element_size(); }
+
   // Pointer to n elements from offset on; buffer must have room for n, if they are converted.
   const Compute* read(int64_t offset, int64_t n, Compute* buffer) const {
     if constexpr (sizeof(Compute) == sizeof(float)) {

@@ -1,0 +1,30 @@
+"""How precisely matrix products of float32 operands may be computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.compiler.assume_constant_result
+def _switch() -> bool:
+    # torch.compile guards this switch by itself and compiles anew where it changes.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def tf32_allowed(tensor: Tensor) -> bool:
+    """Says whether products of this tensor's float32 elements may run in TF32.
+
+    They may where torch's own may, and under autocast, which would round the operands further. There an activation is
+    float32 only because it comes out of a normalisation.
+
+    Args:
+        tensor: an operand; only float32 on CUDA knows TF32.
+
+    Returns:
+        Whether ``torch.backends.cuda.matmul``, which ``torch.set_float32_matmul_precision`` sets too, or autocast on
+        CUDA allows it.
+    """
+    if not tensor.is_cuda or tensor.dtype != torch.float32:
+        return False
+    return torch.is_autocast_enabled("cuda") or _switch()
