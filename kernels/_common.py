@@ -108,3 +108,14 @@ def halves(value: float) -> tuple[float, float]:
 def whole(scalar, dtype: tl.constexpr):
     """The scalar that `halves` took apart, in the compute type."""
     return tl.cast(scalar[0], dtype) + tl.cast(scalar[1], dtype)
+
+
+@triton.jit
+def cast(value, dtype: tl.constexpr):
+    """The value in another dtype; double precision comes to a half one through float32.
+
+    Triton's interpreter makes bfloat16 of float32 only, and of anything else silently a wrong number.
+    """
+    if value.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from transkd_fast.kernels._common import whole
+from transkd_fast.kernels._common import cast, whole
 
 
 @triton.jit
@@ -27,9 +27,7 @@ def _parameter(pointer, at, mask, default: tl.constexpr):
 def _store(tensor, at, value, mask):
     """Stores float64 in the tensor's dtype, nothing where the tensor is None."""
     if tensor is not None:
-        if tensor.dtype.element_ty == tl.bfloat16:
-            value = value.to(tl.float32)  # Triton's interpreter knows no other way to bfloat16
-        tl.store(tensor + at, value.to(tensor.dtype.element_ty), mask=mask)
+        tl.store(tensor + at, cast(value, tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
