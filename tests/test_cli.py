@@ -188,6 +188,15 @@ def test_verify_agrees(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("variant", ["base", "gl", "ea"])
+def test_verify_names_the_backend_of_every_op(variant, tmp_path, capsys):
+    assert transkd("verify", *overrides(tmp_path / "run", distill__variant=variant)) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("calls")]
+    fused = {"csf": "3", "hcl": "1", "pea": "1"} | ({"gl_mixer": "1"} if variant == "gl" else {})
+    assert {op: number for op, backend, number, _ in lines if backend == "cpu"}.items() >= fused.items()
+    assert not fused.keys() & {op for op, backend, *_ in lines if backend != "cpu"}
+
+
 def test_verify_prints_every_tensor_when_asked(tmp_path, capsys):
     assert transkd("verify", "--all", *overrides(tmp_path / "run")) == 0
     out = capsys.readouterr().out

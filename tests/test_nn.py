@@ -3,22 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from test_transkd import IMAGES, STUDENT, TEACHER, Given, outputs, small
 from torch import nn
 
 from transkd_fast import functional
-from transkd_fast.nn import (
-    CSF,
-    PEA,
-    CWDLoss,
-    EmbeddingAssistant,
-    GLMixer,
-    HCLLoss,
-    PatchEmbedding,
-    SelfAttention,
-    SyncBatchNorm,
-)
+from transkd_fast.nn import CSF, CWDLoss, HCLLoss, SyncBatchNorm
 from transkd_fast.transkd import VARIANTS, TransKD
 
 IN, OUT = (4, 6, 8, 10), (5, 7, 9, 11)
@@ -172,70 +161,6 @@ def test_a_synchronised_batch_norm_is_torchs_batch_norm_in_one_process(initialis
     finally:
         if initialised:
             dist.destroy_process_group()
-
-
-def test_pea():
-    module, xs, targets = PEA(IN, OUT), tokens(), tokens(OUT)
-    projected = module(xs)
-    weights = (0.5, 1.0, 2.0, 4.0)
-    expected = sum(w * F.mse_loss(p, t) for w, p, t in zip(weights, projected, targets, strict=True))
-    torch.testing.assert_close(module.loss(xs, targets, weights), expected)
-    torch.testing.assert_close(module.loss(maps(), maps(OUT), weights), expected)
-    assert list(module.state_dict()) == [f"{m}.{p}" for m in range(4) for p in ("weight", "bias")]
-    for call in (lambda: module(xs[:3]), lambda: module.loss(xs[:3], targets)):
-        with pytest.raises(ValueError, match="PEA: expected 4 embeddings, got 3"):
-            call()
-    with pytest.raises(ValueError, match="one entry per stage"):
-        PEA(IN, OUT[:3])
-
-
-def test_self_attention_is_torchs():
-    torch.manual_seed(0)
-    module, theirs = SelfAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
-    theirs.in_proj_weight.data.copy_(module.qkv.weight)
-    theirs.in_proj_bias.data.zero_()
-    theirs.out_proj.load_state_dict(module.proj.state_dict())
-    x = torch.randn(2, 7, 16)
-    torch.testing.assert_close(module(x), theirs(x, x, x)[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("residual", (False, True))
-def test_gl_mixer(residual):
-    torch.manual_seed(0)
-    module, e = GLMixer(16, num_heads=4, residual=residual), torch.randn(2, 7, 16)
-    assert module.attention_weight.item() == module.conv_weight.item() == 1
-    channels_first = e.transpose(1, 2)
-    local = (module.conv_a(channels_first) * module.conv_b(channels_first).sigmoid()).transpose(1, 2)
-    torch.testing.assert_close(module(e), module.attention(e) + local + (e if residual else 0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="num_heads to divide dim 16, got 3"):
-        GLMixer(16, 3)
-
-
-def test_embedding_assistant():
-    torch.manual_seed(0)
-    module, images = EmbeddingAssistant(IN, OUT, image_channels=2), torch.randn(2, 2, 65, 97)
-    xs = maps()
-    for embedding, conv, out in zip(module.embeddings, (images, *xs[:3]), module(images, xs), strict=True):
-        weight, bias = embedding.proj.weight.contiguous(), embedding.proj.bias
-        stride, padding = (4, 3) if conv is images else (2, 1)
-        expected = F.conv2d(conv, weight, bias, stride, padding).flatten(2).transpose(1, 2)
-        expected = F.layer_norm(expected, expected.shape[2:], embedding.norm.weight, embedding.norm.bias, 1e-5)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert [t.shape for t in module(images, xs)] == [t.shape for t in tokens(OUT)]
-    assert [p.item() for p in (*module.projection_scales, *module.assistant_scales)] == pytest.approx(
-        [0.1 * i for i in range(1, 9)]
-    )
-    with pytest.raises(ValueError, match="EmbeddingAssistant: expected 4 maps"):
-        module(images, xs[:3])
-    with pytest.raises(ValueError, match="one entry per stage"):
-        EmbeddingAssistant(IN, OUT[:3])
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_patch_embedding_makes_tokens_without_a_copy(dtype):
-    module = PatchEmbedding(3, 8, patch_size=3, stride=2).to(dtype)
-    module.load_state_dict(PatchEmbedding(3, 8, patch_size=3, stride=2).state_dict())
-    assert module.proj(torch.zeros(2, 3, 8, 10, dtype=dtype)).flatten(2).transpose(1, 2).is_contiguous()
 
 
 def test_hcl_loss():

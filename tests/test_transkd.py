@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -275,6 +276,22 @@ def test_losses_are_those_of_the_maps():
         torch.testing.assert_close(losses[name], expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("variant", ("base", "gl", "ea"))
+@pytest.mark.parametrize("stages", [(1, 2, 3, 4), (2, 4), (4,)])
+def test_the_embedding_loss_is_that_of_the_projections_and_so_are_its_gradients(variant, stages):
+    teacher, weights = outputs(TEACHER, seed=1), (0.1, 0.2, 0.3, 0.4)
+    model = small(variant=variant, embeddings=stages, embedding_weights=weights, features=False)
+    projected = model(IMAGES).projected
+    targets = [teacher.embeddings[m - 1] for m in stages]
+    mse = [nn.functional.mse_loss(*pair) for pair in zip(projected, targets, strict=True)]
+    expected = sum(weights[m - 1] * term for m, term in zip(stages, mse, strict=True))
+    loss = model(IMAGES, teacher).losses["pea"]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    leaves = [*model.parameters(), *(model.student.outputs.embeddings[m - 1] for m in stages)]
+    gradients = (torch.autograd.grad(value, leaves) for value in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_batch_of_one_takes_no_other_weights():
     """Outside legacy mode a sample's maps in evaluation do not depend on its batch, and batch 1 trains."""
     pair = outputs(STUDENT)
@@ -379,6 +396,24 @@ def test_bad_student():
         small(Given(outputs((4, 4, 11, 16))))(IMAGES)
     with pytest.raises(TypeError, match="expected the student to give StageOutputs, got Tensor"):
         small(nn.Identity())(IMAGES)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3, 4))
+def test_a_student_whose_strides_are_not_the_assistants(stage):
+    given = outputs(STUDENT)
+    wrong = changed(given, "embeddings", stage - 1, given.embeddings[stage - 1].repeat(1, 2, 1))
+    shapes = [[2, 3, 33, 49], *(list(t.shape) for t in given.features)]
+    tokens = given.embeddings[stage - 1].shape[1]
+    source = "the images" if stage == 1 else f"features[{stage - 2}]"
+    message = (
+        f"student's embeddings[{stage - 1}] to have {tokens} tokens like the assistant of {source} {shapes[stage - 1]},"
+        f" got {[2, 2 * tokens, STUDENT[stage - 1]]}"
+    )
+    for embeddings in ((stage,), (1, 2, 3, 4)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            small(Given(wrong), variant="ea", embeddings=embeddings)(IMAGES)
+    small(Given(wrong), variant="ea", embeddings={1, 2, 3, 4} - {stage})(IMAGES)
+    small(Given(wrong))(IMAGES)
 
 
 BAD_OPTIONS = {

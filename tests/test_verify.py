@@ -43,16 +43,23 @@ def change_kernel(monkeypatch, name, change, calls=None):
     return count
 
 
+# Calls per batch.
+RUNS = {"csf": 3, "hcl": 1, "pea": 1, "seg_ce": 1}
+
+
+@pytest.mark.parametrize("variant", ["base", "gl", "ea"])
 @pytest.mark.parametrize("networks", [{}, tiny_run.SEGFORMER])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_right_kernels_agree(networks, precision, tmp_path):
-    report = report_of(tmp_path, precision=precision, verify__batches=2, **networks)
+def test_right_kernels_agree(networks, precision, variant, tmp_path):
+    report = report_of(tmp_path, precision=precision, verify__batches=2, distill__variant=variant, **networks)
     assert [(row.name, row.difference, row.bound) for row in report.disagreements] == []
     assert (report.exit_code, report.precision) == (0, precision)
     assert report.verdict == f"agree ({len(report.rows)} tensors)"
-    assert report.runs["hcl", "cpu"] == 2 and report.runs["csf", "cpu"] == 2 * 3
-    assert not {("hcl", "eager"), ("csf", "eager")} & set(report.runs)
-    assert report.fused_runs >= 8
+    expected = RUNS | ({"gl_mixer": 1} if variant == "gl" else {})
+    fused = {op for op, states in backends.table().items() if states["cpu"] is None}
+    assert report.runs == {(op, "cpu" if op in fused else "eager"): 2 * runs for op, runs in expected.items()}
+    assert {"csf", "gl_mixer", "hcl", "pea"} <= fused
+    assert report.fused_runs == sum(2 * runs for op, runs in expected.items() if op in fused)
     for measured in (report.checked, report.eager):
         assert measured.images_per_second > 0 and measured.peak_bytes > 2**10
 
@@ -139,19 +146,61 @@ def test_a_loss_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
     assert report.disagreements[0].difference == pytest.approx(0.01, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["csf_fuse", "csf_bwd_apply", "hcl_fwd", "hcl_bwd"])
+# Per kernel the gradients that come from it alone, and are off by as much as it is.
+PEA = {
+    "base": [f"embed{m}_linearproject.{p}" for m in (1, 2, 3, 4) for p in ("weight", "bias")],
+    "gl": ["embed1_linearproject.weight", "atten_weight", "conv_weight", "conv2.weight", "attn4.qkv.weight"],
+    "ea": ["embed4_linearproject.bias", "fuse_weights.0", "fuse_weights.7", "patch_embed1.proj.weight"],
+}
+MIXER = ["atten_weight", "conv_weight", "conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "attn4.proj.bias"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "alone"),
+    [*((variant, "pea_bwd", alone) for variant, alone in PEA.items()), ("gl", "gl_mixer_bwd", MIXER)],
+)
+def test_gradients_of_embeddings_that_are_off_by_a_hundredth_are_found(variant, name, alone, tmp_path, monkeypatch):
+    calls = change_kernel(monkeypatch, name, lambda gradient: 1.01 * gradient)
+    report = report_of(tmp_path, distill__variant=variant)
+    assert len(calls) >= 1 and report.exit_code == 1 and report.verdict.startswith("DISAGREE")
+    wrong = {row.name: row.difference for row in report.disagreements}
+    assert all(name.startswith("grad/") for name in wrong) and not any("skfs" in name for name in wrong)
+    assert {n: wrong.get(f"grad/{n}") for n in alone} == pytest.approx(dict.fromkeys(alone, 0.01), rel=0.05)
+
+
+@pytest.mark.parametrize("variant", ["base", "gl", "ea"])
+def test_an_embedding_loss_that_is_off_by_a_hundredth_is_found(variant, tmp_path, monkeypatch):
+    change_kernel(monkeypatch, "pea_fwd", lambda loss: 1.01 * loss)
+    report = report_of(tmp_path, distill__variant=variant)
+    assert [row.name for row in report.disagreements] == ["loss/pea"]
+    assert report.exit_code == 1 and report.disagreements[0].difference == pytest.approx(0.01, rel=1e-2)
+
+
+def test_a_mixed_embedding_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
+    change_kernel(monkeypatch, "gl_mixer_fwd", lambda out: 1.01 * out)
+    report = report_of(tmp_path, distill__variant="gl")
+    wrong = {row.name for row in report.disagreements}
+    # The projection's gradient is a product with the mix itself.
+    assert report.exit_code == 1 and {"loss/pea", "grad/embed4_linearproject.weight"} <= wrong
+    assert not any("embed3" in name or "skfs" in name for name in wrong)
+
+
+KERNELS = {"csf_fuse": 3, "csf_bwd_apply": 3, "hcl_fwd": 1, "hcl_bwd": 1}  # and how often a batch calls them
+KERNELS |= dict.fromkeys(("pea_fwd", "pea_bwd", "gl_mixer_fwd", "gl_mixer_bwd"), 1)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_rounding_is_no_disagreement(name, tmp_path, monkeypatch):
-    change_kernel(monkeypatch, name, lambda value: (1 + 1e-6) * value)
-    assert report_of(tmp_path).exit_code == 0
+    calls = change_kernel(monkeypatch, name, lambda value: (1 + 1e-6) * value)
+    assert report_of(tmp_path, distill__variant="gl").exit_code == 0 and calls
 
 
-# And how often a batch calls it.
-@pytest.mark.parametrize(("name", "calls"), [("csf_fuse", 3), ("csf_bwd_apply", 3), ("hcl_fwd", 1), ("hcl_bwd", 1)])
+@pytest.mark.parametrize(("name", "calls"), KERNELS.items())
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_what_is_not_finite_in_one_batch_disagrees(name, calls, value, batch, tmp_path, monkeypatch):
     change_kernel(monkeypatch, name, lambda right: right * value, calls={batch * calls + 1})
-    report = report_of(tmp_path, verify__batches=2)
+    report = report_of(tmp_path, verify__batches=2, distill__variant="gl")
     assert report.exit_code == 1
     assert not any(math.isfinite(row.difference) for row in report.disagreements)
 

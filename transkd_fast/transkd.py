@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from transkd_fast import functional
 from transkd_fast.models.outputs import StageOutputs
-from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss
+from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, PatchEmbedding
 from transkd_fast.nn._parameters import weight_and_bias
 from transkd_fast.ops.pea import STAGE_WEIGHTS
 
@@ -168,6 +168,8 @@ class TransKD(nn.Module):
         """
         outputs = self.student(images)
         self._check_stages("student", outputs, self.student_channels)
+        if self.variant == "ea":
+            self._check_assisted(images, outputs)
         if teacher is None:
             fused = [] if self.skfs is None else self.skfs(outputs.features)
             return TransKDOutput(outputs.logits, {}, fused, self._project(images, outputs))
@@ -202,10 +204,13 @@ class TransKD(nn.Module):
         """Computes variant EA's terms: assistant embeddings, projection scales, assistant scales."""
         inputs = [images, *outputs.features]
         return (
-            [self.get_submodule(f"patch_embed{m}")(inputs[m - 1]) for m in self.embeddings],
+            [self._assistant(m)(inputs[m - 1]) for m in self.embeddings],
             [self.fuse_weights[str(m - 1)] for m in self.embeddings],
             [self.fuse_weights[str(m - 1 + STAGES)] for m in self.embeddings],
         )
+
+    def _assistant(self, stage: int) -> PatchEmbedding:
+        return cast(PatchEmbedding, self.get_submodule(f"patch_embed{stage}"))
 
     def _project(self, images: Tensor, outputs: StageOutputs) -> list[Tensor]:
         xs = self._aligned_embeddings(outputs)
@@ -250,6 +255,18 @@ class TransKD(nn.Module):
                         f"TransKD: expected the {who}'s {kind}[{m}] to have shape {layout}, got {list(tensor.shape)};"
                         f" {who}_channels is {list(channels)}, fine to coarse"
                     )
+
+    def _check_assisted(self, images: Tensor, outputs: StageOutputs) -> None:
+        """Checks that assistants give as many tokens as the student: their strides are fixed, the student's are not."""
+        for m in self.embeddings:
+            name, x = ("the images", images) if m == 1 else (f"features[{m - 2}]", outputs.features[m - 2])
+            embedding, expected = outputs.embeddings[m - 1], self._assistant(m).tokens_of(x)
+            if embedding.shape[1] != expected:
+                raise ValueError(
+                    f"TransKD: expected the student's embeddings[{m - 1}] to have {expected} tokens like the assistant"
+                    f" of {name} {list(x.shape)}, got {list(embedding.shape)}; variant 'ea' needs a student with"
+                    " strides 4, 8, 16, 32"
+                )
 
     def _check_teacher(self, student: StageOutputs, teacher: StageOutputs) -> None:
         teachers = self._used(teacher)

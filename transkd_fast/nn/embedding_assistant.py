@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from transkd_fast.ops._checks import check_floating, check_shape
 
 
 class PatchEmbedding(nn.Module):
@@ -38,6 +41,18 @@ class PatchEmbedding(nn.Module):
             Tokens, shape [B, N, C_out], N = ceil(H / stride) * ceil(W / stride), row-major.
         """
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))
+
+    def tokens_of(self, x: Tensor) -> int:
+        """Counts the tokens that a map gives.
+
+        Args:
+            x: Map, shape [B, C_in, H, W].
+
+        Returns:
+            N.
+        """
+        rows, columns = ((n - 1) // s + 1 for n, s in zip(x.shape[2:], self.proj.stride, strict=True))
+        return rows * columns
 
 
 class EmbeddingAssistant(nn.Module):
@@ -82,9 +97,15 @@ class EmbeddingAssistant(nn.Module):
             Tokens per stage, fine to coarse, shapes [B, N_m, C'_m].
 
         Raises:
-            ValueError: If the number of maps is not that of the stages.
+            TypeError: If the image or a map is no floating-point tensor.
+            ValueError: If the number of maps is not that of the stages, or one has another shape.
         """
         stages = len(self.embeddings)
         if len(features) != stages:
             raise ValueError(f"EmbeddingAssistant: expected {stages} maps, fine to coarse, got {len(features)}")
-        return [embed(x) for embed, x in zip(self.embeddings, (images, *features[:-1]), strict=True)]
+        inputs = {"images": images} | {f"features[{m}]": x for m, x in enumerate(features[:-1])}
+        for m, (embed, (name, x)) in enumerate(zip(self.embeddings, inputs.items(), strict=True)):
+            where = f"EmbeddingAssistant: stage {m + 1}"
+            check_floating(where, **{name: x})
+            check_shape(where, name, x, "B", cast(PatchEmbedding, embed).proj.in_channels, "H", "W")
+        return [embed(x) for embed, x in zip(self.embeddings, inputs.values(), strict=True)]

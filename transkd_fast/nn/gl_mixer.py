@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from transkd_fast import functional
 from transkd_fast.nn._parameters import weight_and_bias
+from transkd_fast.ops._checks import check_floating, check_not_empty, check_shape
 
 
 class SelfAttention(nn.Module):
@@ -39,7 +40,11 @@ class SelfAttention(nn.Module):
 
         Returns:
             Tokens of the same shape.
+
+        Raises:
+            ValueError: If x has another shape.
         """
+        check_shape("SelfAttention", "x", x, "B", "N", self.proj.in_features)
         batch, tokens, channels = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, channels))
@@ -47,6 +52,8 @@ class SelfAttention(nn.Module):
 
 class GLMixer(nn.Module):
     """Global-local context mixer: w_att attention(e) + w_conv (conv_a(e) * sigmoid(conv_b(e))) (+ e).
+
+    The convolutions are computed from their parameters without calling the modules, so their hooks do not run.
 
     Args:
         dim: Channels C.
@@ -78,8 +85,12 @@ class GLMixer(nn.Module):
             The mixed embedding, shape [B, N, C], in e's dtype.
 
         Raises:
-            ValueError: If e has another shape.
+            TypeError: If e is no floating-point tensor.
+            ValueError: If e has another shape or is empty.
         """
+        check_floating("GLMixer", e=e)
+        check_shape("GLMixer", "e", e, "B", "N", self.conv_a.in_channels)
+        check_not_empty("GLMixer", "e", e)
         return functional.gl_mixer(
             e,
             self.attention(e),
