@@ -12,6 +12,8 @@ from bench_rows import ROOT, OneRound, problem, row, square_case
 from harness import cases, measure, memory, rates, report, rows
 from harness.rows import Figures
 
+from transkd_fast import backends
+
 CPU = torch.device("cpu")
 
 
@@ -108,6 +110,15 @@ def test_a_map_is_checked_with_its_upstream_gradient_and_with_what_it_changes_fr
     # Between the tolerances of maps and of parameters.
     assert map_case(scale=1 + 5e-5).check() == "value is off by 5.0e-05, gradient 0 is off by 5.0e-05"
     assert "gradient 1" in map_case(scale=1 + 5e-5, parameters=0).check()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "right"), [("bf16", 1e-3, True), ("bf16", 1e-2, False), ("fp32", 1e-3, False)]
+)
+def test_products_of_rounded_operands_may_be_off_by_their_rounding(dtype, off, right):
+    case = square_case(function=lambda x: (1 + off) * x.square().sum(), dtype=dtype, products=True)
+    assert (case.check() is None) == right
+    assert square_case(function=lambda x: (1 + off) * x.square().sum(), dtype=dtype).check() is not None
 
 
 def test_maps_of_another_shape_are_no_match():
@@ -308,6 +319,20 @@ def test_a_kernels_sources_hold_its_own_folder_and_what_is_shared(backend, folde
     files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     assert {"csrc/common/hcl_pyramid.h", "transkd_fast/ops/hcl.py"} <= files
     assert any(name.startswith(f"csrc/{folder}/hcl") for name in files)
+
+
+def test_sources_hold_the_module_that_is_measured_beside_its_op():
+    assert "transkd_fast/nn/gl_mixer.py" in rows.sources_of("gl_mixer", "cpu", "cpu")
+    assert "transkd_fast/nn/gl_mixer.py" not in rows.sources_of("gl_mixer", "copy", "cpu")
+    assert "transkd_fast/nn/csf.py" not in rows.sources_of("csf", "cpu", "cpu")
+
+
+def test_a_cpu_kernels_sources_hold_all_that_is_compiled_for_several_ops():
+    ops = backends.table()
+    shared = [path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem.removesuffix("_cpu") not in ops]
+    assert shared and {path.relative_to(ROOT).as_posix() for path in shared} <= set(
+        rows.sources_of("pea", "cpu", "cpu")
+    )
 
 
 # The step

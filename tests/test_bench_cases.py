@@ -39,12 +39,19 @@ def test_the_bench_with_default_malloc_runs_the_cases_of_its_targets():
 
 
 @pytest.mark.parametrize(
-    ("op", "first"), [("csf", [("stage 1", 8), ("stage 1", 2)]), ("hcl", [("stages 1-4", 8), ("stage 1", 8)])]
+    ("op", "first"),
+    [
+        ("csf", [("stage 1", 8), ("stage 1", 2)]),
+        ("gl_mixer", [("stage 4", 8), ("stage 4", 2)]),
+        ("hcl", [("stages 1-4", 8), ("stage 1", 8)]),
+        ("pea", [("stages 1-4", 8), ("stages 1-2", 8)]),
+    ],
 )
 def test_judged_cases_run_first_on_a_gpu(op, first):
     bench = bench_of(op)
     order = [parameter.values for parameter in bench.parameters(["cuda"])]
-    assert order[:4] == [("cuda", *case, layout) for case in first for layout in bench.LAYOUTS]
+    expected = [("cuda", *case, layout) for case in first for layout in bench.LAYOUTS]
+    assert order[: len(expected)] == expected
     promised = [target for target in targets.load() if target.op == op and target.device == "cuda"]
     judged = [
         any(size in t.size and batch in t.batch and layout in t.layout for t in promised)
@@ -60,7 +67,7 @@ def test_graphs_of_all_gpu_cases_are_compiled_without_a_reset(bench):
     assert len(cases) < torch._dynamo.config.recompile_limit
 
 
-@pytest.mark.parametrize("op", ["csf", "hcl"])
+@pytest.mark.parametrize("op", ["csf", "gl_mixer", "hcl", "pea"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_compiled_graphs_are_dropped_only_where_there_are_too_many(device, op, monkeypatch):
     class Enough(Exception):

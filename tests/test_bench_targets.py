@@ -63,6 +63,14 @@ def test_a_measure_reads_its_own_figure(measure_name, figure):
     assert judged(target(measure=measure_name, against="", at_least=0.8), row(**figure)) == [("PASS", 0.9, "")]
 
 
+def test_what_is_saved_beyond_the_gradients_that_are_returned():
+    promised = target(measure="saved_beyond_gradients", against="", at_least=None, at_most=8.0)
+    assert judged(promised, row(saved_new_bytes=108, leaf_bytes=100)) == [("PASS", 8, "")]
+    assert judged(promised, row(saved_new_bytes=109, leaf_bytes=100)) == [("MISS", 9, "")]
+    assert judged(promised, row(saved_new_bytes=0, leaf_bytes=100)) == [("PASS", -100, "")]
+    assert judged(promised, row())[0][0] == "NOT RUN"
+
+
 def test_speed_by_the_clock_and_as_a_graph_are_measures_of_their_own():
     eager, ours = row("eager", wall_ms=6.0, graph_ms=2.0), row(wall_ms=2.0, graph_ms=1.0)
     assert judged(target(measure="speedup_wall", at_least=3), eager, ours) == [("PASS", 3.0, "")]

@@ -11,7 +11,7 @@ import torch
 from kernels_here import device_of
 from op_description import fixed_like
 
-from transkd_fast.functional import BatchNorm, csf, hcl_loss
+from transkd_fast.functional import BatchNorm, csf, gl_mixer, hcl_loss, pea_loss
 
 BACKENDS = ("triton", "cuda")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -104,9 +104,67 @@ def fusion(shape, coarse, backend, layout="nchw", device="cuda", **settings):
     return Call(leaves, lambda: csf(*maps, bn, fc_weight, fc_bn, heads, backend=backend), (3, 3), changed)
 
 
+# Per stage height and width, the student's channels, the teacher's: as in SegFormer, and what fills no tile.
+STAGES = ((32, 64, 32, 64), (16, 32, 64, 128), (8, 16, 160, 320), (4, 8, 256, 512))
+ODD_STAGES = ((9, 13, 10, 66), (7, 5, 66, 5), (1, 7, 24, 40), (1, 1, 5, 160))
+
+
+def pea(*arguments):
+    return alignment(STAGES, False, *arguments)
+
+
+def pea_with_assistants(*arguments):
+    return alignment(ODD_STAGES, True, *arguments)
+
+
+def alignment(stages, assisted, backend, layout="nchw", device="cuda"):
+    def random(*shape):
+        return torch.randn(shape, device=device)
+
+    def embeddings(place):
+        shapes = [(2, stage[place], *stage[:2]) for stage in stages]
+        return [random(*s).to(torch.bfloat16, memory_format=LAYOUTS[layout]) for s in shapes]
+
+    xs, targets = embeddings(2), embeddings(3)
+    weights = [random(c_out, c_in) * c_in**-0.5 for *_, c_in, c_out in stages]
+    lists = [xs, weights, [random(c_out) for *_, c_out in stages]]
+    terms = {}
+    if assisted:
+        terms = {"assistants": embeddings(3)}
+        terms |= {name: [1 + random(1) / 8 for _ in stages] for name in ("projection_scales", "assistant_scales")}
+    leaves = [leaf.requires_grad_() for tensors in (*lists, *terms.values()) for leaf in tensors]
+    # Forward: Triton one kernel per stage and one that adds up, cuda two for all stages and one that adds up.
+    launches = {"cuda": (3, 1), "triton": (len(stages) + 1, 1)}[backend]
+    return Call(leaves, lambda: pea_loss(*lists, targets, **terms, backend=backend), launches)
+
+
+def gl_mixer_call(shape, backend, layout="nchw", device="cuda"):
+    channels = shape[2]
+
+    def random(*shape):
+        return torch.randn(shape, device=device)
+
+    tokens = [random(*shape).to(torch.bfloat16) for _ in range(2)]
+    parameters = [random(*s) * (3 * channels) ** -0.5 for s in ((channels, channels, 3), (channels,)) * 2]
+    leaves = [leaf.requires_grad_() for leaf in (*tokens, *parameters, 1 + random(1) / 8, 1 + random(1) / 8)]
+    # Tokens have one layout: what is called another one here is the mix with the residual.
+    residual = layout == "channels_last"
+    return Call(leaves, lambda: gl_mixer(*leaves, residual=residual, backend=backend), (1, 3))
+
+
+def gl_mixer_of_stage_4(*arguments):
+    return gl_mixer_call((2, 512, 256), *arguments)
+
+
+def gl_mixer_of_odd_tokens(*arguments):
+    return gl_mixer_call((3, 45, 66), *arguments)
+
+
 CALLS = {
     "csf": (csf_in_training, csf_with_cumulative_averages, csf_in_eval_mode),
+    "gl_mixer": (gl_mixer_of_stage_4, gl_mixer_of_odd_tokens),
     "hcl": (hcl,),
+    "pea": (pea, pea_with_assistants),
 }
 
 
@@ -276,3 +334,79 @@ def check_first_and_last_channel(shape, layout, backend):
             value = pick(value).cpu().double()
             tolerance = rounded if true.dim() == 4 else small
             assert (value - true).abs().max() < tolerance * true.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pea_beyond_two_to_the_31_elements(layout, backend):
+    skip_without_memory(1.2 * 2 * (3 * 32 + 16) * 2**27)
+    check_last_tokens((2, 2**13 + 1, 2**13), 16, layout, backend)
+
+
+def check_last_tokens(shape, channels, layout, backend):
+    """All embeddings but those of the last tokens are zero: with no bias, only these have a part in the results."""
+    batch, height, width = shape
+    device, tokens, last = device_of(backend), height * width, 100
+    form = {"device": device, "dtype": torch.bfloat16}
+
+    def embedding(width):
+        values = torch.zeros((batch, width, tokens) if layout == "nchw" else (batch, tokens, width), **form)
+        values = values.transpose(1, 2) if layout == "nchw" else values
+        values[-1, -last:] = torch.randn((last, width), device=device).bfloat16()
+        return values
+
+    x, target = embedding(2 * channels), embedding(channels)
+    weight = torch.randn(channels, 2 * channels, device=device).bfloat16().float() / 8
+    bias = torch.zeros(channels, device=device)
+    scale = float(batch * tokens * channels)
+
+    def run(convert, pick, factor, backend):
+        leaves = [convert(pick(x)), convert(weight), convert(bias)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        loss = pea_loss(*([leaf] for leaf in leaves), [convert(pick(target))], (1.0,), backend=backend)
+        return [loss.detach() * factor, *torch.autograd.grad(loss, leaves, torch.full_like(loss, factor))]
+
+    results = run(lambda t: t.detach(), lambda t: t, scale, backend)
+    truth = run(
+        lambda t: t.detach().cpu().double(), lambda t: t[-1:, -last:] if t.dim() == 3 else t, last * channels, "eager"
+    )
+    assert not results[1][:-1].any() and not results[1][-1, :-last].any()
+    results[1] = results[1][-1:, -last:]
+    for value, true in zip(results, truth, strict=True):
+        # Operands of products and the gradient of x are rounded to bf16.
+        assert (value.cpu().double() - true).abs().max() < 2**-6 * true.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gl_mixer_beyond_two_to_the_31_elements(backend):
+    skip_without_memory(1.2 * (2 * 7 + 4 * 4) * (2**31 + 2**24))
+    check_first_and_last_sample((129, 2**19, 32), backend)
+
+
+def check_first_and_last_sample(shape, backend):
+    """Only tokens at the end of the first and the last sample have upstream gradients."""
+    device, channels = device_of(backend), shape[2]
+    e, u = (torch.empty(shape, device=device, dtype=torch.bfloat16).normal_() for _ in range(2))
+    parameters = [
+        torch.randn(s, device=device).bfloat16().float() / 8
+        for s in ((channels, channels, 3), (channels,), (channels, channels, 3), (channels,), (1,), (1,))
+    ]
+    upstream = torch.zeros_like(e)
+    for sample in (0, -1):
+        upstream[sample, -200:] = torch.randn((200, channels), device=device).bfloat16()
+
+    def run(convert, pick, backend):
+        leaves = [convert(pick(e)), convert(pick(u)), *map(convert, parameters)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = gl_mixer(*leaves, residual=True, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, leaves, convert(pick(upstream)))]
+
+    def pick(t):
+        return t[[0, -1], -300:]  # and their neighbours; the first one's is cut off in the truth
+
+    results = run(lambda t: t.detach(), lambda t: t, backend)
+    truth = run(lambda t: t.detach().cpu().double(), pick, "eager")
+    for value, true in zip(results, truth, strict=True):
+        if true.dim() == 3 and true.shape[1] == 300:
+            value, true = pick(value)[:, 1:], true[:, 1:]
+        assert (value.cpu().double() - true).abs().max() < 2**-6 * true.abs().max()

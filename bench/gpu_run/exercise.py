@@ -23,6 +23,8 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Sizes that take the 16-byte loads and sizes that cannot.
 MAPS = ((2, 8, 8, 16), (1, 5, 9, 13), (2, 16, 3, 4))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# Where operands of matrix products are rounded to bfloat16 too. Triton's interpreter cuts them off instead.
+PRODUCT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 UPSTREAM = 0.37
 
 
@@ -122,7 +124,62 @@ def csf_call(maps: Sequence[Tensor], squeezed: int, training: bool) -> Call:
     return Call(inputs, 11, function, TOLERANCE[maps[0].dtype], changed=6)
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {"csf": csf, "hcl": hcl}
+# Per stage height and width, the student's channels, the teacher's: what fills tiles, and what does not.
+ALIGNMENTS = (
+    ((4, 8, 16, 32), (4, 20, 64, 128), (2, 2, 96, 144)),
+    ((5, 9, 10, 34), (1, 7, 34, 5), (1, 1, 5, 80)),
+)
+
+
+def pea() -> Iterator[Call]:
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            # The awkward sizes, with assistants, in one layout per dtype: Triton compiles each of them.
+            yield pea_call(ALIGNMENTS[0], False, dtype, layout)
+            if (dtype, layout) in zip(DTYPES, LAYOUTS, strict=False):
+                yield pea_call(ALIGNMENTS[1], True, dtype, layout)
+
+
+def pea_call(
+    stages: Sequence[tuple[int, int, int, int]], assisted: bool, dtype: torch.dtype, layout: torch.memory_format
+) -> Call:
+    count = len(stages)
+
+    def maps(place: int) -> list[Tensor]:
+        shapes = [(2, stage[place], *stage[:2]) for stage in stages]
+        return [torch.randn(shape).to(dtype, memory_format=layout) for shape in shapes]
+
+    weights = [torch.randn(stage[3], stage[2]) * stage[2] ** -0.5 for stage in stages]
+    inputs = [*maps(2), *weights, *(torch.randn(stage[3]) for stage in stages)]
+    if assisted:
+        inputs += [*maps(3), *(1 + torch.rand(1) / 8 for _ in range(2 * count))]
+
+    def function(inputs: Sequence[Tensor], backend: str) -> Tensor:
+        xs, weights, biases, *terms, targets = (inputs[k : k + count] for k in range(0, len(inputs), count))
+        return functional.pea_loss(xs, weights, biases, targets, [1.0] * count, *terms, backend=backend)
+
+    return Call([*inputs, *maps(3)], len(inputs), function, PRODUCT_TOLERANCE[dtype])
+
+
+# Several samples within a tile, and several tiles within a sample.
+TOKENS = ((3, 7, 10), (2, 70, 34))
+
+
+def gl_mixer() -> Iterator[Call]:
+    def function(inputs: Sequence[Tensor], backend: str) -> Tensor:
+        e, u, weight_a, bias_a, weight_b, bias_b, attention_weight, conv_weight = inputs
+        scalars = attention_weight, conv_weight
+        return functional.gl_mixer(e, u, weight_a, bias_a, weight_b, bias_b, *scalars, residual=True, backend=backend)
+
+    for dtype in DTYPES:
+        for batch, tokens, channels in TOKENS:
+            inputs = [torch.randn(batch, tokens, channels).to(dtype) for _ in range(2)]
+            shapes: list[tuple[int, ...]] = [(channels, channels, 3), (channels,)] * 2
+            inputs += [torch.randn(shape) * (3 * channels) ** -0.5 for shape in shapes]
+            yield Call([*inputs, torch.ones(1), torch.ones(1)], 8, function, PRODUCT_TOLERANCE[dtype])
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"csf": csf, "gl_mixer": gl_mixer, "hcl": hcl, "pea": pea}
 
 
 def main(argv: Sequence[str] = ()) -> int:

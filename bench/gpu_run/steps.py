@@ -31,7 +31,13 @@ OUT_OF_TIME = "out of time"
 # The first one watches both GPU backends, the others the CUDA C++ kernels only: they are slow, and Triton's compiler
 # places the barriers itself.
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SHORT_BENCH = {"csf": "stage_1-batch_8", "hcl": "stages_1-4-batch_8"}  # per op the case that a short bench measures
+# Per op the case that a short bench measures.
+SHORT_BENCH = {
+    "csf": "stage_1-batch_8",
+    "gl_mixer": "stage_4-batch_8",
+    "hcl": "stages_1-4-batch_8",
+    "pea": "stages_1-4-batch_8",
+}
 FRAMES = place.CARRY / "camvid"
 DISTILLED = Path(".gpu", "runs", "distil")
 NOTHING_SELECTED = 5  # pytest's exit status

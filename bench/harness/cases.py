@@ -20,6 +20,8 @@ KERNELS_OF = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 VALUE_TOLERANCE = 1e-5
 PARAMETER_TOLERANCE = 1e-4
 MAP_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}
+# Where matrix products take operands of the dtype, whatever comes of them is rounded before and after.
+PRODUCT_TOLERANCE = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 1.5e-3}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Problem:
         least_bytes: per direction ("forward", "backward") the bytes that any way to compute it must read and write.
         least_flops: per direction the FLOPs likewise.
         graph: on CUDA, whether a replay of a graph of the whole call is timed too.
+        products: whether kernels may round operands of matrix products to the dtype.
     """
 
     op: str
@@ -49,6 +52,7 @@ class Problem:
     least_bytes: Mapping[str, int] = field(default_factory=dict)
     least_flops: Mapping[str, int] = field(default_factory=dict)
     graph: bool = False
+    products: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,10 @@ def gradient_case(
     """
     # No cast in the timed part.
     upstream_of = {upstream.dtype: upstream} if upstream.dim() else {d: upstream.to(d) for d in DTYPES.values()}
-    map_tolerance = MAP_TOLERANCE[problem.dtype]
+    least = PRODUCT_TOLERANCE[problem.dtype] if problem.products else 0.0
+    map_tolerance, value_tolerance, parameter_tolerance = (
+        max(least, tolerance) for tolerance in (MAP_TOLERANCE[problem.dtype], VALUE_TOLERANCE, PARAMETER_TOLERANCE)
+    )
     start = [tensor.clone() for tensor, _ in changed]
 
     def backward(result: Tensor) -> tuple[Tensor, ...]:
@@ -114,9 +121,9 @@ def gradient_case(
         for (tensor, _), before in zip(changed, start, strict=True):
             tensor.copy_(before)
         value = function()
-        results = {"value": (value, truth[0], map_tolerance if value.dim() else VALUE_TOLERANCE)}
+        results = {"value": (value, truth[0], map_tolerance if value.dim() else value_tolerance)}
         for i, pair in enumerate(zip(backward(value), truth[1], strict=True)):
-            tolerance = map_tolerance if i < len(leaves) - parameters else PARAMETER_TOLERANCE
+            tolerance = map_tolerance if i < len(leaves) - parameters else parameter_tolerance
             results[f"gradient {i}"] = (*pair, tolerance)
         for i, pair in enumerate(changed):
             results[f"changed tensor {i}"] = (*pair, VALUE_TOLERANCE)

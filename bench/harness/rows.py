@@ -18,6 +18,7 @@ MODES = ("forward", "backward", "total")
 KERNELS = ("cpu", "triton", "cuda")
 
 OP_SOURCES = ("transkd_fast/ops/{op}.py", "transkd_fast/ops/_*.py")
+CPU_SOURCES = ("csrc/cpu/convert.cpp", "csrc/cpu/gemm.cpp")  # of what csrc/cpu/common declares
 COMPILED_SOURCES = ("csrc/common/*", "setup.py")  # setup.py has the compilers' flags
 
 # Glob patterns of the files whose contents a backend's times depend on.
@@ -25,11 +26,17 @@ SOURCES = {
     "eager": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
     "compiled": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
     "copy": ["bench/harness/cases.py"],
-    "cpu": [*OP_SOURCES, "csrc/cpu/{op}*", "csrc/cpu/common/*", *COMPILED_SOURCES],
+    "cpu": [*OP_SOURCES, "csrc/cpu/{op}*", "csrc/cpu/common/*", *CPU_SOURCES, *COMPILED_SOURCES],
     "triton": [*OP_SOURCES, "kernels/{op}.py", "kernels/_common.py", "kernels/_{op}_*.py"],
     "cuda": [*OP_SOURCES, "csrc/cuda/{op}*", "csrc/cuda/common/*", *COMPILED_SOURCES],
 }
-PUBLISHED = {"csf": "bench/bench_csf.py", "hcl": "transkd_fast/reference/legacy.py"}
+PUBLISHED = {
+    "csf": "bench/bench_csf.py",
+    "gl_mixer": "bench/bench_gl_mixer.py",
+    "hcl": "transkd_fast/reference/legacy.py",
+    "pea": "bench/bench_pea.py",
+}
+MODULES = {"gl_mixer": "transkd_fast/nn/gl_mixer.py"}  # that a bench measures beside the op alone
 STEP_SOURCES = [
     "bench/bench_step.py",
     "bench/harness/precision.py",
@@ -152,7 +159,8 @@ def sources_of(op: str, backend: str, device_type: str) -> list[str]:
         return [*STEP_SOURCES, *STEP_KERNELS[device_type]]
     if backend.startswith("published"):
         return [PUBLISHED[op]]
-    return [pattern.format(op=op) for pattern in SOURCES[backend]]
+    module = [MODULES[op]] if op in MODULES and backend != "copy" else []
+    return [pattern.format(op=op) for pattern in SOURCES[backend]] + module
 
 
 def digest(patterns: Iterable[str], root: Path = ROOT) -> str:

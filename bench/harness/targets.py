@@ -64,9 +64,14 @@ def _saved_new_maps(row: Row, other: Row | None) -> float | None:
     return None if row.saved_new_bytes is None or not row.leaf_bytes else row.saved_new_bytes / row.leaf_bytes
 
 
+def _saved_beyond_gradients(row: Row, other: Row | None) -> float | None:
+    return None if row.saved_new_bytes is None or not row.leaf_bytes else row.saved_new_bytes - row.leaf_bytes
+
+
 MEASURES = {
     "saved_new_maps": Measure("maps of the student's size saved beyond the inputs", "{:.3g}", _saved_new_maps),
     "saved_new_bytes": Measure("bytes saved beyond the inputs", "{:.0f}", lambda row, other: row.saved_new_bytes),
+    "saved_beyond_gradients": Measure("bytes saved beyond inputs and gradients", "{:.0f}", _saved_beyond_gradients),
     "speedup_wall": Measure("the whole call by the clock", "{:.1f}x", partial(_speedup_by, name="wall_ms"), True),
     "speedup_graph": Measure("the call as a CUDA graph", "{:.1f}x", partial(_speedup_by, name="graph_ms"), True),
     "kept_no_grad_bytes": Measure("bytes kept under `no_grad`", "{:.0f}", lambda row, other: row.kept_no_grad_bytes),
