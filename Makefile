@@ -25,8 +25,9 @@ demo: $(STAMP)
 	$(BIN)/transkd demo --config configs/demo.yaml
 
 # One file at a time per process, since its tests share what they build; one thread in each, which is what a test that is
-# not about threads needs.
-PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# not about threads needs. The order of names puts the long files of the subfolders first.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
 test: $(STAMP)
 	$(PARALLEL) tests --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
 

@@ -1,4 +1,4 @@
-"""The errors that are planted in the kernels, and the tests that catch them; tests/test_mutations.py runs them."""
+"""The errors that are planted in the kernels, and the tests that catch them; tests/test_mutations*.py run them."""
 
 import re
 from dataclasses import dataclass
@@ -215,7 +215,7 @@ MUTANTS = [
            "    total *= factor\n", "", PEA_TRITON),
     Mutant("pea", "triton", "unnormalised gradient in float16", "kernels/_pea_plan.py",
            "return torch.float32 if dtype == torch.float16 else dtype", "return dtype", PEA_TRITON_HALF),
-    Mutant("pea", "cuda", "sign forward", "csrc/cuda/pea_kernel.cuh",
+    Mutant("pea", "cuda", "sign forward", "csrc/cuda/pea_parts.cuh",
            ": projection) - target_[k][e];", ": projection) + target_[k][e];", PEA_CUDA),
     Mutant("pea", "cuda", "sign backward", "csrc/cuda/pea_kernel.cuh",
            "factors[1] = -factor;", "factors[1] = factor;", PEA_CUDA),
@@ -226,7 +226,7 @@ MUTANTS = [
     Mutant("pea", "cuda", "unaligned vector, rows", "csrc/cuda/pea_plan.h",
            "aligned(map.data) && row * size_of(map.type) % 16 == 0;", "aligned(map.data);", PEA_CUDA_ASAN,
            "misaligned address"),
-    Mutant("pea", "cuda", "scale left out of dx", "csrc/cuda/pea_kernel.cuh",
+    Mutant("pea", "cuda", "scale left out of dx", "csrc/cuda/pea_parts.cuh",
            "values[e] = f_p * from[e * step];", "values[e] = from[e * step];", PEA_CUDA),
     Mutant("pea", "cuda", "missing barrier after the product", "csrc/cuda/pea_kernel.cuh",
            "projection.store(made, kTileLeading<T>);\n      __syncthreads();",

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu import runner
 from planted_errors import MUTANTS, ROOT
 
 import transkd_fast
@@ -150,14 +149,6 @@ class Tree:
         assert mutant.shows in output, output[-3000:]
 
 
-def has_cuda_headers():
-    try:
-        runner.cuda_headers()
-    except runner.BuildError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     tree = Tree(tmp_path_factory.mktemp("mutants"))
@@ -165,11 +156,15 @@ def tree(tmp_path_factory):
     tree.close()
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def of_backends(*backends):
+    """Parametrizes a test with the mutants of some backends."""
+    return pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.backend in backends], ids=lambda m: m.name)
+
+
+# Those of cuda are in test_mutations_cuda.py: files run in parallel.
+@of_backends("cpu", "triton")
 def test_a_planted_error_is_caught(mutant, tree):
     if mutant.backend == "triton" and find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    if mutant.backend == "cuda" and not has_cuda_headers():
-        pytest.skip("there are no CUDA headers on this machine")
     tree.must_pass(mutant)
     tree.must_fail(mutant)
