@@ -18,6 +18,7 @@ PROGRAMS = 264  # wanted of a stage: two per multiprocessor of an H100
 HELD = 2048  # elements of the weight whose gradient four warps hold; for more there are eight
 SMALLEST = 16  # side of the smallest matrix that tl.dot takes
 LARGEST_TOKENS = 2**30  # tokens are counted in 32 bits
+LARGEST_CHANNELS = 2**14  # so are the weight's entries, and a tile's offsets
 ALIGNMENT = 32  # elements between the parts of a workspace, so that each begins at a multiple of 16 bytes
 MERGE_ELEMENTS = 4096  # partial sums that a merging program has under way at a time
 MERGE_STRIPS = 64
@@ -230,7 +231,7 @@ def plan_of(
                     )
         flags = tuple(wanted[FLAGS * m : FLAGS * (m + 1)])
         if not assistants and any(flags[4:]):
-            raise RuntimeError(f"pea: stage {m} has no assistant, but a gradient of one is wanted")
+            raise RuntimeError(f"pea: stage {m + 1} has no assistant, but a gradient of one is wanted")
         described.append((tuple(of_stage), weight.dtype.itemsize, flags))
     return _plan(tuple(described), tf32, arch)
 
@@ -240,10 +241,10 @@ def _described(name: str, m: int, t: Tensor) -> Described:
         raise RuntimeError(f"pea: expected {name}[{m}] to be [B, N, C] and not empty, got shape {list(t.shape)}")
     if t.dtype not in _common.COMPUTE:
         raise RuntimeError(f"pea: expected {name}[{m}] to be float32, float64, bfloat16 or float16, got {t.dtype}")
-    if t.shape[0] * t.shape[1] > LARGEST_TOKENS or t.shape[2] > LARGEST_TOKENS:
+    if t.shape[0] * t.shape[1] > LARGEST_TOKENS or t.shape[2] > LARGEST_CHANNELS:
         raise RuntimeError(
-            f"pea: expected at most {LARGEST_TOKENS} tokens and channels, got {name}[{m}] of shape {list(t.shape)}: "
-            "use backend='eager'"
+            f"pea: expected at most {LARGEST_TOKENS} tokens and {LARGEST_CHANNELS} channels, got {name}[{m}] of shape "
+            f"{list(t.shape)}: use backend='eager'"
         )
     if t.is_contiguous():
         return Described(tuple(t.shape), t.dtype, False)

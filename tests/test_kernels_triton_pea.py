@@ -349,13 +349,14 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
 def test_a_gradient_of_a_missing_assistant_is_refused():
     case = Case((2, 5, 3, 4), assisted=False)
     case.wanted[4] = True
-    with pytest.raises(RuntimeError, match="stage 0 has no assistant, but a gradient of one is wanted"):
+    with pytest.raises(RuntimeError, match="stage 1 has no assistant, but a gradient of one is wanted"):
         case.forward()
 
 
-def test_too_many_tokens_are_refused():
-    x = torch.empty((2, 2**30, 1), device="meta")
-    with pytest.raises(RuntimeError, match=r"expected at most 1073741824 tokens and channels.*eager"):
+@pytest.mark.parametrize("shape", [(2, 2**30, 1), (1, 1, 2**14 + 1)], ids=str)
+def test_sizes_too_large_for_32_bits_are_refused(shape):
+    x = torch.empty(shape, device="meta")
+    with pytest.raises(RuntimeError, match=r"expected at most 1073741824 tokens and 16384 channels.*eager"):
         kernels.pea_fwd([x], [x[0, :1]], [x[0, 0]], [x], [], [], [], [1.0], [False] * 7, False)
 
 

@@ -19,6 +19,7 @@ from transkd_fast.functional import pea_loss
 from transkd_fast.ops import _registration
 from transkd_fast.ops._precision import tf32_allowed
 from transkd_fast.ops._registration import raw_op
+from transkd_fast.ops.pea import _fits_triton as fits_triton
 from transkd_fast.reference import pea as reference
 
 ACTIVATIONS = ("x", "target", "assistant")
@@ -605,3 +606,11 @@ def test_bad_input(change, error, message):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="backend"):
         pea_loss(**arguments(), backend="fastest")
+
+
+def test_triton_is_passed_over_beyond_what_it_counts():
+    wide, long = torch.empty(1, 1, 2**14 + 1, device="meta"), torch.empty(2, 2**29 + 1, 4, device="meta")
+    for tensor in (wide, long, wide.transpose(1, 2).unsqueeze(3), wide[0], wide[0, 0]):
+        assert "2^30 tokens and 2^14 channels" in fits_triton([tensor])
+    for tensor in (wide[..., 1:], long[:, 1:], long[:, 1:].transpose(1, 2).unsqueeze(3), wide[0, :, 1:]):
+        assert fits_triton([tensor]) is None

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result
 def _switch() -> bool:
-    # torch.compile guards this switch by itself and compiles anew where it changes.
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of torch._dynamo here. torch.compile guards
+# the switch by itself and compiles anew where it changes.
+_switch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tf32_allowed(tensor: Tensor) -> bool:

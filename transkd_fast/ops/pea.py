@@ -19,6 +19,8 @@ OP = "pea"
 STAGE_WEIGHTS = (0.1, 0.1, 0.5, 1.0)
 # What has a gradient, stage by stage and in this order.
 KINDS = ("x", "weight", "bias", "target", "assistant", "projection_scale", "assistant_scale")
+# What kernels/_pea_plan.py counts in 32 bits.
+_TRITON_TOKENS, _TRITON_CHANNELS = 1 << 30, 1 << 14
 # The raw ops' codes of dtypes (csrc/common/storage_type.h).
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -30,9 +32,25 @@ def _same_precision(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def _fits_triton(tensors: Sequence[Tensor]) -> str | None:
+    for tensor in tensors:
+        rows, channels = _size_of(tensor)
+        if rows > _TRITON_TOKENS or channels > _TRITON_CHANNELS:
+            return f"this kernel takes at most 2^30 tokens and 2^14 channels, got shape {list(tensor.shape)}"
+    return _same_precision(tensors)
+
+
+def _size_of(tensor: Tensor) -> tuple[int, int]:
+    """Tokens of all samples and channels of an embedding; of a weight or bias, its longest side as channels."""
+    if tensor.dim() < 3:
+        return 1, max(tensor.shape)
+    channels = tensor.shape[2 if tensor.dim() == 3 else 1]
+    return tensor.numel() // channels, channels
+
+
 backends.register_op(OP)
 for _backend in ("cpu", "triton", "cuda"):
-    backends.register(OP, _backend, _same_precision)
+    backends.register(OP, _backend, _fits_triton if _backend == "triton" else _same_precision)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
