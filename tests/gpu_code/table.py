@@ -90,6 +90,18 @@ def write(rows):
         writer.writerows(sorted(rows, key=place))
 
 
+def _differs(column, expected, got):
+    """Whether a value is another one.
+
+    cicc does not give the same PTX for the same source each time: of 28 stores in a row it may merge two. Numbers of
+    loads and stores may therefore differ by a tenth, but not be none.
+    """
+    if column not in ("ldg128", "stg128"):
+        return expected != got
+    some, others = sorted((int(expected), int(got)))
+    return others - some > others / 10
+
+
 def differences(measured, table):
     """Where measured lines differ from the table's.
 
@@ -117,7 +129,7 @@ def differences(measured, table):
         elif key not in got:
             found.append(f"{name}: in the table, but not declared")
         else:
-            changed = [column for column in VALUES if expected[key][column] != got[key][column]]
+            changed = [column for column in VALUES if _differs(column, expected[key][column], got[key][column])]
             found += [f"{name}: {c} {expected[key][c]} in the table, {got[key][c]} measured" for c in changed]
     return found
 

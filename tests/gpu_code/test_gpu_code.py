@@ -71,6 +71,11 @@ def test_a_difference_from_the_table_is_named_with_the_command_that_renews_it():
         return table.differences(table.rows_of(op, "cuda", version, measured), committed)
 
     assert differences({("a", 80): needs, ("b", 80): needs}) == []
+    # No two runs of cicc need give the same code.
+    many = table.rows_of(op, "cuda", "nvcc 1.2.3", {("a", 80): replace(needs, stg128=28), ("b", 80): needs})
+    for stores, same in ((28, True), (27, True), (31, True), (24, False), (32, False), (0, False)):
+        measured = {("a", 80): replace(needs, stg128=stores), ("b", 80): needs}
+        assert (table.differences(table.rows_of(op, "cuda", "nvcc 1.2.3", measured), many) == []) == same
     assert differences({("a", 80): replace(needs, registers=41, ldg128=0), ("c", 80): needs}) == [
         "nvcc 1.2.3: a sm_80: registers 40 in the table, 41 measured",
         "nvcc 1.2.3: a sm_80: ldg128 4 in the table, 0 measured",
@@ -102,7 +107,10 @@ def launched_triton_kernels(source):
 
 
 def cuda_kernels(source):
-    bounds = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
+    nested = r"\([^()]*\)"
+    for _ in range(2):
+        nested = rf"\((?:[^()]|{nested})*\)"
+    bounds = rf"(?:__launch_bounds__\s*{nested}\s*)?"
     return set(re.findall(rf"__global__\s+{bounds}void\s+{bounds}(\w+)\s*\(", source))
 
 
@@ -122,7 +130,7 @@ def test_every_kernel_in_the_sources_is_compiled(compiled, op):
 def test_kernels_are_found_in_the_sources():
     cuda = """
         template <int V> __global__ void one(int n) {}
-        __global__ void __launch_bounds__(256) two(int n) {}
+        __global__ void __launch_bounds__(threads(sizeof(T)), 2) two(int n) {}
         __global__ __launch_bounds__(kThreads, 2) void
         three(int n) {}
         __device__ void none(int n) {}"""
