@@ -15,6 +15,7 @@
 #include "common/csf_attention.h"
 #include "common/nearest.h"
 #include "common/storage_type.h"
+#include "cuda/common/launch_size.h"
 
 namespace transkd {
 namespace csf {
@@ -101,21 +102,13 @@ struct Step {
   Pass<T> pass;
 };
 
-inline uint32_t checked(int64_t value, const char* what) {
-  if (value >= int64_t{1} << 31) {
-    throw std::runtime_error("csf: expected fewer than 2^31 " + std::string(what) + ", got " + std::to_string(value) +
-                             "; split the batch");
-  }
-  return static_cast<uint32_t>(value);
-}
-
 template <class T>
 class Plan {
  public:
   explicit Plan(const Maps& maps, const Tuning& tuning = {}) : maps_(maps), tuning_(tuning) {
-    pixels_ = checked(maps.height * maps.width, "pixels in a plane");
-    coarse_pixels_ = checked(maps.coarse_height * maps.coarse_width, "pixels in a plane");
-    planes_ = checked(maps.batch * maps.channels, "planes (samples times channels)");
+    pixels_ = checked("csf", maps.height * maps.width, "pixels in a plane");
+    coarse_pixels_ = checked("csf", maps.coarse_height * maps.coarse_width, "pixels in a plane");
+    planes_ = checked("csf", maps.batch * maps.channels, "planes (samples times channels)");
   }
 
   // Sums of the parts, of either direction.
@@ -124,9 +117,9 @@ class Plan {
     Step<T> step = start(threads);
     step.pass.sums = sums;
     step.pass.mean = mean;
-    step.pass.share = checked(Parts(pixels_, parts).length, "pixels in a part");
-    step.pass.coarse_share = checked(Parts(coarse_pixels_, parts).length, "pixels in a part");
-    return cut(step, checked(parts, "parts"));
+    step.pass.share = checked("csf", Parts(pixels_, parts).length, "pixels in a part");
+    step.pass.coarse_share = checked("csf", Parts(coarse_pixels_, parts).length, "pixels in a part");
+    return cut(step, checked("csf", parts, "parts"));
   }
 
   // v.
@@ -152,8 +145,6 @@ class Plan {
   }
 
  private:
-  static bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
   static int64_t vector_width(const Variant& variant) { return variant.vector ? 16 / size_of(variant.type) : 1; }
 
   static uint32_t lanes_up_to(int64_t most) {
@@ -216,7 +207,7 @@ class Plan {
     pass.fine = Grid(maps_.width / unit, pass.teams);
     pass.coarse = Grid(maps_.coarse_width / coarse_unit, pass.teams);
     // Neither factor reaches 2^31.
-    step.blocks = checked((maps_.channels_last ? maps_.batch * pass.channel_groups : planes_) * cuts, "blocks");
+    step.blocks = checked("csf", (maps_.channels_last ? maps_.batch * pass.channel_groups : planes_) * cuts, "blocks");
     return step;
   }
 

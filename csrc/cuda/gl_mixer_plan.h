@@ -17,6 +17,7 @@
 #include <string>
 
 #include "common/storage_type.h"
+#include "cuda/common/launch_size.h"
 
 namespace transkd {
 namespace gl_mixer {
@@ -102,25 +103,15 @@ struct Merge {
   bool doubles, vectors;
 };
 
-inline uint32_t checked(int64_t value, const char* what) {
-  if (value >= int64_t{1} << 31) {
-    throw std::runtime_error("gl_mixer: expected fewer than 2^31 " + std::string(what) + ", got " +
-                             std::to_string(value) + "; split the batch");
-  }
-  return static_cast<uint32_t>(value);
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 class Plan {
  public:
   explicit Plan(const Call& call, const Tuning& tuning = {}) {
     pass_.call = call;
-    pass_.tokens = checked(call.tokens, "tokens in a sample");
+    pass_.tokens = checked("gl_mixer", call.tokens, "tokens in a sample");
     // Places within a tile of rows of 2 C channels are counted in 32 bits.
-    pass_.channels = checked(4 * kTileRows * call.channels, "elements in a tile of rows") / (4 * kTileRows);
+    pass_.channels = checked("gl_mixer", 4 * kTileRows * call.channels, "elements in a tile of rows") / (4 * kTileRows);
     // Whole tiles of rows are counted in 32 bits.
-    pass_.rows = checked(call.batch * call.tokens + 2 * kTileRows, "tokens in a batch") - 2 * kTileRows;
+    pass_.rows = checked("gl_mixer", call.batch * call.tokens + 2 * kTileRows, "tokens in a batch") - 2 * kTileRows;
     pass_.row_tiles = static_cast<uint32_t>(ceil_div(pass_.rows, kTileRows));
     pass_.channel_tiles = static_cast<uint32_t>(ceil_div(pass_.channels, kTileChannels));
     pass_.vectors = tuning.vectors && vectors_fit();
@@ -129,14 +120,16 @@ class Plan {
   }
 
   const Pass& pass() const { return pass_; }
-  uint32_t forward_blocks() const { return checked(int64_t{pass_.row_tiles} * pass_.channel_tiles, "tiles"); }
+  uint32_t forward_blocks() const {
+    return checked("gl_mixer", int64_t{pass_.row_tiles} * pass_.channel_tiles, "tiles");
+  }
   // 0: nothing is wanted.
   uint32_t gate_blocks() const { return wants_any() ? pass_.gate_parts * pass_.gate_groups : 0; }
   uint32_t gradient_blocks() const { return pass_.e_blocks + pass_.weight_blocks + pass_.sum_blocks; }
   uint32_t merge_blocks() const {
     if (!merges()) return 0;
     const int64_t per_block = kMergeThreads * (merge().vectors ? 4 : 1);
-    return checked(ceil_div(merge().elements, per_block), "elements in a weight");
+    return checked("gl_mixer", ceil_div(merge().elements, per_block), "elements in a weight");
   }
 
   Merge merge() const {
@@ -176,7 +169,6 @@ class Plan {
 
   int64_t bytes() const { return size_of(pass_.call.type); }
   int64_t sum_bytes() const { return pass_.call.type == StorageType::kDouble ? 8 : 4; }
-  static bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
   // Doubles are for gradcheck and not worth 16-byte accesses. Eight channels are a multiple of 16 bytes in all types.
   bool vectors_fit() const {
@@ -230,10 +222,10 @@ class Plan {
         std::clamp<int64_t>(tuning.blocks / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(most_parts, 1));
     pass_.weight_share = static_cast<uint32_t>(ceil_div(ceil_div(pass_.rows, parts), depth) * depth);
     pass_.weight_parts_count = static_cast<uint32_t>(ceil_div(pass_.rows, pass_.weight_share));
-    pass_.weight_blocks = checked(tiles * pass_.weight_parts_count, "tiles");
+    pass_.weight_blocks = checked("gl_mixer", tiles * pass_.weight_parts_count, "tiles");
     // One block for the scalars, before those for the biases.
     pass_.sum_blocks = wants_sums() ? static_cast<uint32_t>(1 + ceil_div(2 * int64_t{channels}, kWarp)) : 0;
-    checked(int64_t{pass_.e_blocks} + pass_.weight_blocks + pass_.sum_blocks, "tiles");
+    checked("gl_mixer", int64_t{pass_.e_blocks} + pass_.weight_blocks + pass_.sum_blocks, "tiles");
   }
 
   Sections sections() const {

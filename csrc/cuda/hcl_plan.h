@@ -21,6 +21,7 @@
 
 #include "common/hcl_pyramid.h"
 #include "common/storage_type.h"
+#include "cuda/common/launch_size.h"
 
 namespace transkd {
 namespace hcl {
@@ -124,10 +125,10 @@ class Plan {
       step.launch.first_block = static_cast<uint32_t>(before);
       before += step.blocks;
     }
-    blocks_ = checked(before, "blocks");
+    blocks_ = checked("hcl", before, "blocks");
     for (Step& step : steps_) {
       step.launch.call_blocks = blocks_;
-      step.launch.call_shares = checked(before + groups_, "blocks and groups");
+      step.launch.call_shares = checked("hcl", before + groups_, "blocks and groups");
     }
   }
 
@@ -152,16 +153,6 @@ class Plan {
   }
 
  private:
-  static uint32_t checked(int64_t value, const char* what) {
-    if (value >= int64_t{1} << 31) {
-      throw std::runtime_error("hcl: expected fewer than 2^31 " + std::string(what) + ", got " + std::to_string(value) +
-                               "; split the batch");
-    }
-    return static_cast<uint32_t>(value);
-  }
-
-  static bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
   // Elements of a 16-byte access, or 1 where a row, a cell or a base address stands against it. Doubles are for
   // gradcheck and not worth kernels of their own.
   static int64_t vector_width(const Maps& m, const Pyramid& pyramid, bool channels_last) {
@@ -181,9 +172,9 @@ class Plan {
     stage.teacher = m.teacher;
     stage.gradient = m.gradient;
     stage.table = static_cast<T*>(m.table);
-    stage.planes = checked(m.batch * m.channels, "planes (samples times channels)");
+    stage.planes = checked("hcl", m.batch * m.channels, "planes (samples times channels)");
     stage.channels = static_cast<uint32_t>(m.channels);
-    stage.pixels = checked(m.height * m.width, "pixels in a plane");
+    stage.pixels = checked("hcl", m.height * m.width, "pixels in a plane");
     stage.width = static_cast<uint32_t>(m.width);
     const double planes = static_cast<double>(stage.planes);
     stage.alpha = static_cast<T>(2 * m.weight * pyramid.pixel_weight / (planes * static_cast<double>(stage.pixels)));
@@ -270,7 +261,7 @@ class Plan {
       stage.inner_groups = 1;
       outer_groups = (stage.planes + group_planes - 1) / group_planes;
     }
-    const int64_t groups = checked(outer_groups * stage.inner_groups, "groups of planes");
+    const int64_t groups = checked("hcl", outer_groups * stage.inner_groups, "groups of planes");
     stage.group_planes = static_cast<uint32_t>(group_planes);
 
     const auto nearest = [](int64_t a, int64_t b) { return std::max<int64_t>(1, (a + b / 2) / b); };
@@ -300,10 +291,10 @@ class Plan {
     step.shared_bytes =
         std::max(step.shared_bytes, (std::max<int64_t>(shared, kWindows) + stage.cells) * group_planes * sizeof(T));
     stage.first_block = step.blocks;
-    step.blocks = checked(step.blocks + groups * stage.parts(), "blocks");
-    stage.first_group = checked(groups_, "groups");
+    step.blocks = checked("hcl", step.blocks + groups * stage.parts(), "blocks");
+    stage.first_group = checked("hcl", groups_, "groups");
     groups_ += groups;
-    stage.first_counter = checked(1 + counters_, "groups");
+    stage.first_counter = checked("hcl", 1 + counters_, "groups");
     stage.partials = partials_;
     if (stage.parts() > 1) {
       counters_ += groups;

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "common/storage_type.h"
+#include "cuda/common/launch_size.h"
 #include "cuda/common/tile.h"
 
 namespace transkd {
@@ -120,18 +121,6 @@ struct Finish {
 };
 static_assert(sizeof(Finish<double>) <= 4096, "a kernel's parameters must fit into 4 KB");
 
-inline uint32_t checked(int64_t value, const char* what) {
-  if (value >= int64_t{1} << 31) {
-    throw std::runtime_error("pea: expected fewer than 2^31 " + std::string(what) + ", got " + std::to_string(value) +
-                             "; split the batch");
-  }
-  return static_cast<uint32_t>(value);
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Bytes of a tile in shared memory, padded as leading_of() says.
 inline size_t tile_bytes(StorageType type) { return kTile * (kTile * size_of(type) + 16); }
 
@@ -156,7 +145,7 @@ class Plan {
       step.launch.first_block = static_cast<uint32_t>(blocks);
       blocks += step.blocks;
     }
-    blocks_ = checked(blocks, "blocks");
+    blocks_ = checked("pea", blocks, "blocks");
     block_sums_ = take(blocks_ * kBlockSums * sizeof(double));
     for (size_t m = 0; m < problems.size(); ++m) finish(problems[m], m);
     for (Last& last : lasts_) ++last.blocks;
@@ -239,12 +228,12 @@ class Plan {
     for (const Map* m : {&p.x, &p.target, &p.assistant, &p.residual}) {
       one_list = one_list && (m->data == nullptr || !m->channel_major);
     }
-    stage.samples = checked(one_list ? 1 : p.batch, "samples");
-    stage.tokens = checked(one_list ? p.batch * p.tokens : p.tokens, "tokens");
+    stage.samples = checked("pea", one_list ? 1 : p.batch, "samples");
+    stage.tokens = checked("pea", one_list ? p.batch * p.tokens : p.tokens, "tokens");
     stage.sample_tiles = static_cast<uint32_t>(ceil_div(stage.tokens, kTile));
-    stage.tiles = checked(int64_t{stage.samples} * stage.sample_tiles, "tiles of tokens");
-    stage.in = checked(p.in, "channels");
-    stage.out = checked(p.out, "channels");
+    stage.tiles = checked("pea", int64_t{stage.samples} * stage.sample_tiles, "tiles of tokens");
+    stage.in = checked("pea", p.in, "channels");
+    stage.out = checked("pea", p.out, "channels");
     stage.in_tiles = static_cast<uint32_t>(ceil_div(p.in, kTile));
     stage.out_tiles = static_cast<uint32_t>(ceil_div(p.out, kTile));
     stage.loss_share = p.loss_weight / (static_cast<double>(p.batch * p.tokens) * static_cast<double>(p.out));
@@ -275,9 +264,9 @@ class Plan {
         place.residual_tiles =
             take(static_cast<size_t>(stage.tiles) * kTile * stage.out_tiles * kTile * size_of(variant.x));
         stage.first_gradient_block = step.gradient_blocks;
-        stage.dx_blocks = p.dx.data ? checked(int64_t{stage.tiles} * stage.in_tiles, "blocks") : 0;
+        stage.dx_blocks = p.dx.data ? checked("pea", int64_t{stage.tiles} * stage.in_tiles, "blocks") : 0;
         const int64_t weight_blocks = p.dweight ? weight_tiles * stage.splits : 0;
-        step.gradient_blocks = checked(step.gradient_blocks + stage.dx_blocks + weight_blocks, "blocks");
+        step.gradient_blocks = checked("pea", step.gradient_blocks + stage.dx_blocks + weight_blocks, "blocks");
         step.gradient_shared_bytes = std::max({step.gradient_shared_bytes, 2 * tile, sums});
       }
     }
@@ -287,7 +276,7 @@ class Plan {
           take(static_cast<size_t>(stage.narrow ? parts : stage.tiles) * stage.out_tiles * kTile * sizeof(T));
     }
     stage.first_block = step.blocks;
-    step.blocks = checked(step.blocks + blocks, "blocks");
+    step.blocks = checked("pea", step.blocks + blocks, "blocks");
     step.shared_bytes = std::max(step.shared_bytes, shared);
     step.launch.stage[step.launch.stages++] = stage;
     places_.push_back(place);
@@ -305,12 +294,12 @@ class Plan {
       job.to = static_cast<T*>(to);
       job.projection_scale = p.projection_scale;
       job.stride = stride;
-      job.count = checked(count, "elements of a weight");
+      job.count = checked("pea", count, "elements of a weight");
       job.parts = static_cast<uint32_t>(parts);
       job.threads = 1;
       while (job.threads < tuning_.merge_threads && parts > 16 * job.threads) job.threads *= 2;
       job.first_block = last.blocks;
-      last.blocks = checked(last.blocks + ceil_div(count, kThreads / job.threads), "blocks");
+      last.blocks = checked("pea", last.blocks + ceil_div(count, kThreads / job.threads), "blocks");
       merge_places_.push_back({lasts_.size() - 1, last.finish.merges, from});
       last.finish.merge[last.finish.merges++] = job;
     };
@@ -365,7 +354,7 @@ std::vector<ScaleLaunch<T>> plan_backward(const std::vector<ScaleJob>& jobs, con
     ScaleLaunch<T>& launch = launches.back();
     s.wide = aligned(s.from) && aligned(s.to);
     s.first_block = launch.blocks;
-    launch.blocks = checked(launch.blocks + ceil_div(s.count, kScaleElements), "blocks");
+    launch.blocks = checked("pea", launch.blocks + ceil_div(s.count, kScaleElements), "blocks");
     launch.job[launch.jobs++] = s;
   }
   return launches;

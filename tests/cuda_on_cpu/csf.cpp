@@ -8,6 +8,7 @@
 // The shim goes first.
 #include "archive.h"
 #include "cuda/csf_kernel.cuh"
+#include "storage.h"
 
 namespace transkd {
 namespace csf {
@@ -21,25 +22,11 @@ using cuda_on_cpu::Archive;
 using cuda_on_cpu::Array;
 using cuda_on_cpu::Results;
 using cuda_on_cpu::Type;
+using cuda_on_cpu::type_of;
 using transkd::StorageType;
 using namespace transkd::csf;
 
 constexpr int kParameters = 9;
-
-StorageType type_of(const Array& array) {
-  switch (array.type()) {
-    case Type::f32:
-      return StorageType::kFloat;
-    case Type::f16:
-      return StorageType::kHalf;
-    case Type::bf16:
-      return StorageType::kBFloat16;
-    case Type::f64:
-      return StorageType::kDouble;
-    default:
-      throw std::runtime_error("expected floating tensors");
-  }
-}
 
 Values values_of(const Archive& in, const std::string& name) {
   if (!in.has(name)) return {};

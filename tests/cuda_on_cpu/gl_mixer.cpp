@@ -6,6 +6,7 @@
 // The shim goes first.
 #include "archive.h"
 #include "cuda/gl_mixer_kernel.cuh"
+#include "storage.h"
 
 namespace {
 
@@ -13,24 +14,10 @@ using cuda_on_cpu::Archive;
 using cuda_on_cpu::Array;
 using cuda_on_cpu::Results;
 using cuda_on_cpu::Type;
+using cuda_on_cpu::type_of;
 using transkd::StorageType;
 using transkd::TypeTag;
 using namespace transkd::gl_mixer;
-
-StorageType type_of(const Array& array) {
-  switch (array.type()) {
-    case Type::f32:
-      return StorageType::kFloat;
-    case Type::f16:
-      return StorageType::kHalf;
-    case Type::bf16:
-      return StorageType::kBFloat16;
-    case Type::f64:
-      return StorageType::kDouble;
-    default:
-      throw std::runtime_error("expected floating tensors");
-  }
-}
 
 Values values_of(const Array& array) { return {array.data(), type_of(array)}; }
 

@@ -6,6 +6,7 @@
 // The shim goes first.
 #include "archive.h"
 #include "cuda/hcl_kernel.cuh"
+#include "storage.h"
 
 namespace transkd {
 namespace hcl {
@@ -18,25 +19,11 @@ namespace {
 using cuda_on_cpu::Archive;
 using cuda_on_cpu::Array;
 using cuda_on_cpu::Results;
+using cuda_on_cpu::type_of;
 using transkd::StorageType;
 using transkd::hcl::Maps;
 using transkd::hcl::Plan;
 using transkd::hcl::Tuning;
-
-StorageType type_of(const Array& map) {
-  switch (map.type()) {
-    case cuda_on_cpu::Type::f32:
-      return StorageType::kFloat;
-    case cuda_on_cpu::Type::f16:
-      return StorageType::kHalf;
-    case cuda_on_cpu::Type::bf16:
-      return StorageType::kBFloat16;
-    case cuda_on_cpu::Type::f64:
-      return StorageType::kDouble;
-    default:
-      throw std::runtime_error("expected floating maps");
-  }
-}
 
 bool is_channels_last(const Array& map) {
   const auto &shape = map.shape(), &strides = map.strides();

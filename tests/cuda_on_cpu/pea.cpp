@@ -8,6 +8,7 @@
 // The shim goes first.
 #include "archive.h"
 #include "cuda/pea_kernel.cuh"
+#include "storage.h"
 
 namespace transkd {
 namespace pea {
@@ -21,6 +22,7 @@ using cuda_on_cpu::Archive;
 using cuda_on_cpu::Array;
 using cuda_on_cpu::Results;
 using cuda_on_cpu::Type;
+using cuda_on_cpu::type_of;
 using transkd::StorageType;
 using transkd::pea::Map;
 using transkd::pea::Plan;
@@ -30,25 +32,10 @@ using transkd::pea::Tuning;
 
 enum { kX, kWeight, kBias, kTarget, kAssistant, kProjectionScale, kAssistantScale, kWanted };
 
-StorageType type_of(Type type) {
-  switch (type) {
-    case Type::f32:
-      return StorageType::kFloat;
-    case Type::f16:
-      return StorageType::kHalf;
-    case Type::bf16:
-      return StorageType::kBFloat16;
-    case Type::f64:
-      return StorageType::kDouble;
-    default:
-      throw std::runtime_error("expected floating tensors");
-  }
-}
-
 Map map_of(const Array& array) {
   const auto &shape = array.shape(), &strides = array.strides();
   const bool channel_major = shape.size() == 3 && shape[1] > 1 && shape[2] > 1 && strides[1] == 1;
-  return {array.data(), type_of(array.type()), channel_major, false};
+  return {array.data(), type_of(array), channel_major, false};
 }
 
 std::string numbered(const char* name, size_t m) { return name + std::to_string(m); }
@@ -205,8 +192,8 @@ class Call {
       job.from = g.kept->data();
       job.to = g.gradient.data();
       job.count = g.kept->count();
-      job.from_type = type_of(g.kept->type());
-      job.to_type = type_of(g.gradient.type());
+      job.from_type = type_of(*g.kept);
+      job.to_type = type_of(g.gradient);
       job.place = static_cast<uint32_t>(g.place);
       jobs.push_back(job);
     }
@@ -230,7 +217,7 @@ void plan_only(const Archive& in, Results& out) {
   const std::vector<int64_t> sizes = in.integers("sizes");
   std::vector<Problem> problems;
   char* const somewhere = reinterpret_cast<char*>(uintptr_t{256});
-  const StorageType type = type_of(in.array("type").type());
+  const StorageType type = type_of(in.array("type"));
   for (size_t i = 0; i < sizes.size(); i += 4) {
     const Map map{somewhere, type, in.integer("channel_major") != 0, false};
     Problem p{};
