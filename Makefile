@@ -8,7 +8,7 @@ TORCH ?= torch torchvision
 SOURCES := setup.py pyproject.toml $(shell find tools csrc -type f -not -name '*.pyc')
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test test-triton lint format bench dist-check gpu gpu-carry gpu-keep clean
+.PHONY: demo test test-mutants test-triton lint format bench dist-check gpu gpu-carry gpu-keep clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,12 +31,16 @@ PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --
 test: $(STAMP)
 	$(PARALLEL) tests --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
 
-# The Triton kernels under another Triton than torch's: interpreted, and compiled ahead of time. Triton 3.6's interpreter
-# needs an older numpy too.
+# `make test` plants one error per op and backend; this plants all of them.
+test-mutants: $(STAMP)
+	$(PARALLEL) tests/test_mutations.py tests/test_mutations_cuda.py --every-mutant $(PYTEST_ARGS)
+
+# The Triton kernels under another Triton than torch's: interpreted where tests/ looks at the launchers and plans (values
+# are compared by `make test`), and compiled ahead of time. Triton 3.6's interpreter needs an older numpy too.
 TRITON ?= 3.6.0
 OTHER_TRITON = $(VENV)/triton-$(TRITON)
 TRITON_OPS = $(filter-out _%,$(patsubst kernels/%.py,%,$(wildcard kernels/*.py)))
-TRITON_TESTS = $(foreach op,$(TRITON_OPS),tests/test_$(op).py tests/test_kernels_triton_$(op).py)
+TRITON_TESTS = $(foreach op,$(TRITON_OPS),tests/test_kernels_triton_$(op).py)
 test-triton: $(STAMP)
 	test -d $(OTHER_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.3'
 	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(PARALLEL) $(TRITON_TESTS) tests/gpu_code \

@@ -19,7 +19,7 @@ from transkd_fast import backends, functional, models
 from transkd_fast.models.segformer import LinearFuse
 from transkd_fast.ops.pea import STAGE_WEIGHTS
 from transkd_fast.reference.legacy import hcl_by_height
-from transkd_fast.train.build import DistillationTask
+from transkd_fast.train.tasks import DistillationTask
 from transkd_fast.transkd import TransKD
 
 BATCH, HEIGHT, WIDTH = 2, 512, 1024

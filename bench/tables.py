@@ -27,8 +27,9 @@ OPS = {
     "pea": "projection and mean-squared error of patch embeddings",
     "gl_mixer": "gated token convolutions mixed with attention",
     "hcl": "pyramid mean-squared error",
-    "cwd": "channel-wise KL divergence",
-    "seg_ce": "bilinear upsampling and cross-entropy",
+    "hcl_bn": "batch norm and pyramid mean-squared error",
+    "cwd": "KL divergence of softmaxes over pixels or classes",
+    "seg_ce": "bilinear upsampling and cross-entropy, classes at label size",
 }
 KERNEL_FILE = {"cpu": "csrc/cpu/{}_cpu.cpp", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}_cuda.cu"}
 # Without a result from a GPU: what tests a kernel on CPU, and what it shows.

@@ -11,23 +11,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from transkd_fast.kernels._common import cast, whole
-
-
-@triton.jit
-def _parameter(pointer, at, mask, default: tl.constexpr):
-    """Entries of a parameter in float64, of one that is None the default."""
-    if pointer is None:
-        return tl.full(at.shape, default, tl.float64)
-    else:
-        return tl.load(pointer + at, mask=mask, other=0).to(tl.float64)
-
-
-@triton.jit
-def _store(tensor, at, value, mask):
-    """Stores float64 in the tensor's dtype, nothing where the tensor is None."""
-    if tensor is not None:
-        tl.store(tensor + at, cast(value, tensor.dtype.element_ty), mask=mask)
+from transkd_fast.kernels import _batch_norm as bn
+from transkd_fast.kernels._common import whole
 
 
 @triton.jit
@@ -90,22 +75,6 @@ def _moments(sums, sample, channel, sizes, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _track(running, counter, at, mask, value, momentum, CUMULATIVE: tl.constexpr):
-    """A running statistic after this batch; to be stored behind a barrier."""
-    old = tl.load(running + at, mask=mask, other=0).to(tl.float64)
-    share = 1 / (tl.load(counter) + 1).to(tl.float64) if CUMULATIVE else whole(momentum, tl.float64)
-    return old + share * (value - old)
-
-
-@triton.jit
-def _count(counter):
-    if counter is not None:
-        count = tl.load(counter) + 1
-        tl.debug_barrier()
-        tl.store(counter, count)
-
-
-@triton.jit
 def _product(x, weight, less, sample, out, inners, outs, strides, sizes, INNER: tl.constexpr):
     """The product of x [K, inners] and weight (minus less), whose entries (out, inner) lie at these strides."""
     total = tl.zeros([sample.shape[0], out.shape[0]], tl.float64)
@@ -161,23 +130,23 @@ def forward(
             variance = tl.where(variance < 0, 0, variance)
         if NORM == 3:
             unbiased = variance * (values / (values - 1))
-            new_mean = _track(running[0], running[2], channel, in_channels, mean, momentum, KINDS[2])
-            new_var = _track(running[1], running[2], channel, in_channels, unbiased, momentum, KINDS[2])
+            new_mean = bn.track(running[0], running[2], channel, in_channels, mean, momentum, KINDS[2])
+            new_var = bn.track(running[1], running[2], channel, in_channels, unbiased, momentum, KINDS[2])
             tl.debug_barrier()
-            _store(running[0], channel, new_mean, in_channels)
-            _store(running[1], channel, new_var, in_channels)
+            bn.store(running[0], channel, new_mean, in_channels)
+            bn.store(running[1], channel, new_var, in_channels)
         invstd = 1 / tl.sqrt(variance + whole(eps, tl.float64))
-        scale = _parameter(weight, channel, in_channels, 1) * invstd
+        scale = bn.parameter(weight, channel, in_channels, 1) * invstd
         tl.store(mean_at + channel, mean, mask=in_channels)
         tl.store(invstd_at + channel, invstd, mask=in_channels)
         at = sample[:, None] * channels + channel[None, :]
         inside = in_samples & in_channels[None, :]
-        pooled = scale[None, :] * distance + _parameter(bias, channel, in_channels, 0)[None, :] + y
+        pooled = scale[None, :] * distance + bn.parameter(bias, channel, in_channels, 0)[None, :] + y
         tl.store(centre_at + at, distance, mask=inside)
         tl.store(pooled_at + at, pooled, mask=inside)
     tl.debug_barrier()
     if NORM == 3:
-        _count(running[2])
+        bn.count(running[2])
 
     SQUEEZED: tl.constexpr = TILES[3]
     for begin in range(0, squeezed, SQUEEZED):
@@ -198,20 +167,20 @@ def forward(
             invstd = 1 / tl.sqrt(variance + whole(fc_eps, tl.float64))
             if FC_NORM == 3:
                 unbiased = variance * (values / (values - 1))
-                new_mean = _track(fc_running[0], fc_running[2], layer, in_layers, mean, fc_momentum, KINDS[3])
-                new_var = _track(fc_running[1], fc_running[2], layer, in_layers, unbiased, fc_momentum, KINDS[3])
+                new_mean = bn.track(fc_running[0], fc_running[2], layer, in_layers, mean, fc_momentum, KINDS[3])
+                new_var = bn.track(fc_running[1], fc_running[2], layer, in_layers, unbiased, fc_momentum, KINDS[3])
                 tl.debug_barrier()
-                _store(fc_running[0], layer, new_mean, in_layers)
-                _store(fc_running[1], layer, new_var, in_layers)
+                bn.store(fc_running[0], layer, new_mean, in_layers)
+                bn.store(fc_running[1], layer, new_var, in_layers)
         s *= invstd[None, :]
         at = sample[:, None] * squeezed + layer[None, :]
-        gamma, beta = _parameter(fc_weight, layer, in_layers, 1), _parameter(fc_bias, layer, in_layers, 0)
+        gamma, beta = bn.parameter(fc_weight, layer, in_layers, 1), bn.parameter(fc_bias, layer, in_layers, 0)
         tl.store(fc_invstd_at + layer, invstd, mask=in_layers)
         tl.store(squeezed_at + at, s, mask=inside)
         tl.store(activations + at, _relu(gamma[None, :] * s + beta[None, :]), mask=inside)
     tl.debug_barrier()
     if FC_NORM == 3:
-        _count(fc_running[2])
+        bn.count(fc_running[2])
 
     OUT: tl.constexpr = TILES[5]
     own = in_samples & (sample >= first)[:, None] & (sample < first + batch)[:, None]
@@ -221,8 +190,8 @@ def forward(
         strides = (squeezed, 1)
         l_0 = _product(activations, head_0, None, sample, channel, squeezed, channels, strides, sizes, TILES[6])
         l_1 = _product(activations, head_1, None, sample, channel, squeezed, channels, strides, sizes, TILES[6])
-        l_0 += _parameter(bias_0, channel, in_channels, 0)[None, :]
-        l_1 += _parameter(bias_1, channel, in_channels, 0)[None, :]
+        l_0 += bn.parameter(bias_0, channel, in_channels, 0)[None, :]
+        l_1 += bn.parameter(bias_1, channel, in_channels, 0)[None, :]
         # Infinite logits give what torch's softmax gives.
         top = tl.where(l_0 > l_1, l_0, l_1)
         logit = (l_0 - top) - (l_1 - top)
@@ -230,9 +199,9 @@ def forward(
         tl.store(logit_at + at, logit, mask=in_samples & in_channels[None, :])
         mean = tl.load(mean_at + channel, mask=in_channels, other=0)
         invstd = tl.load(invstd_at + channel, mask=in_channels, other=0)
-        scale = _parameter(weight, channel, in_channels, 1) * invstd
+        scale = bn.parameter(weight, channel, in_channels, 1) * invstd
         shift = mean.to(coefficients.dtype.element_ty)
-        level = _parameter(bias, channel, in_channels, 0) - scale * (mean - shift.to(tl.float64))
+        level = bn.parameter(bias, channel, in_channels, 0) - scale * (mean - shift.to(tl.float64))
         at = (sample - first)[:, None] * channels + channel[None, :]
         inside = own & in_channels[None, :]
         plane = batch * channels
@@ -270,8 +239,8 @@ def _outer(a, b, gradient, negated, rows, columns, sample, own, ROWS: tl.constex
             total = tl.sum(left[:, :, None] * right[:, None, :], axis=0)
             at = row[:, None] * columns + column[None, :]
             inside = (row < rows)[:, None] & (column < columns)[None, :]
-            _store(gradient, at, total, inside)
-            _store(negated, at, -total, inside)
+            bn.store(gradient, at, total, inside)
+            bn.store(negated, at, -total, inside)
 
 
 @triton.jit
@@ -302,15 +271,15 @@ def backward(sums, state, first, parameters, gradients, work, sizes, KINDS: tl.c
         of_g, of_z, of_y = _gradients(sums, sample, channel, sizes, TILES[2])
         logit = tl.load(logit_at + at, mask=inside, other=0)
         invstd = tl.load(invstd_at + channel, mask=in_channels, other=0)
-        scale = _parameter(weight, channel, in_channels, 1) * invstd
-        of_attention = scale[None, :] * of_z + _parameter(bias, channel, in_channels, 0)[None, :] * of_g - of_y
+        scale = bn.parameter(weight, channel, in_channels, 1) * invstd
+        of_attention = scale[None, :] * of_z + bn.parameter(bias, channel, in_channels, 0)[None, :] * of_g - of_y
         value = _logistic(logit) * _logistic(-logit) * of_attention
         tl.store(of_logit + at, value, mask=inside)
         tl.store(of_g_at + at, of_g, mask=inside)
         tl.store(of_z_at + at, of_z, mask=inside)
         of_bias = tl.sum(tl.where(own, value, 0), axis=0)
-        _store(gradients[6], channel, of_bias, in_channels)
-        _store(gradients[8], channel, -of_bias, in_channels)
+        bn.store(gradients[6], channel, of_bias, in_channels)
+        bn.store(gradients[8], channel, -of_bias, in_channels)
     tl.debug_barrier()
 
     SQUEEZED: tl.constexpr = TILES[3]
@@ -321,12 +290,12 @@ def backward(sums, state, first, parameters, gradients, work, sizes, KINDS: tl.c
         inside = in_samples & in_layers[None, :]
         of_r = _product(of_logit, head_0, head_1, sample, layer, channels, squeezed, (1, squeezed), sizes, TILES[4])
         s = tl.load(squeezed_at + at, mask=inside, other=0)
-        gamma = _parameter(fc_weight, layer, in_layers, 1)
-        r = _relu(gamma[None, :] * s + _parameter(fc_bias, layer, in_layers, 0)[None, :])
+        gamma = bn.parameter(fc_weight, layer, in_layers, 1)
+        r = _relu(gamma[None, :] * s + bn.parameter(fc_bias, layer, in_layers, 0)[None, :])
         of_r = tl.where(in_samples & ~(r <= 0), of_r, 0)
         tl.store(activations + at, r, mask=inside)
-        _store(gradients[3], layer, tl.sum(tl.where(own, of_r * s, 0), axis=0), in_layers)
-        _store(gradients[4], layer, tl.sum(tl.where(own, of_r, 0), axis=0), in_layers)
+        bn.store(gradients[3], layer, tl.sum(tl.where(own, of_r * s, 0), axis=0), in_layers)
+        bn.store(gradients[4], layer, tl.sum(tl.where(own, of_r, 0), axis=0), in_layers)
         if FC_NORM >= 2:
             values = tl.cast(samples, tl.float64)
             of_r -= (tl.sum(of_r, axis=0) / values)[None, :] + s * (tl.sum(of_r * s, axis=0) / values)[None, :]
@@ -348,11 +317,11 @@ def backward(sums, state, first, parameters, gradients, work, sizes, KINDS: tl.c
         of_xz = _logistic(logit) * tl.load(of_z_at + at, mask=inside, other=0) + of_pooled * centre
         of_x, of_xz = tl.where(in_samples, of_x, 0), tl.where(in_samples, of_xz, 0)
         invstd = tl.load(invstd_at + channel, mask=in_channels, other=0)
-        _store(gradients[0], channel, tl.sum(tl.where(own, of_xz, 0), axis=0) * invstd, in_channels)
-        _store(gradients[1], channel, tl.sum(tl.where(own, of_x, 0), axis=0), in_channels)
+        bn.store(gradients[0], channel, tl.sum(tl.where(own, of_xz, 0), axis=0) * invstd, in_channels)
+        bn.store(gradients[1], channel, tl.sum(tl.where(own, of_x, 0), axis=0), in_channels)
         if coefficients is not None:
             in_plane = tl.cast(pixels, tl.float64)
-            scale = _parameter(weight, channel, in_channels, 1) * invstd
+            scale = bn.parameter(weight, channel, in_channels, 1) * invstd
             mean = tl.load(mean_at + channel, mask=in_channels, other=0)
             shift = mean.to(coefficients.dtype.element_ty)
             of_z, level = tl.zeros([OUT], tl.float64), tl.zeros([OUT], tl.float64)

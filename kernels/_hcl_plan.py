@@ -1,4 +1,7 @@
-"""What a call of hcl's kernels works out beforehand: from shapes, dtypes, layouts and weights alone, once for each."""
+"""What a call of hcl's kernels works out beforehand: from shapes, dtypes, layouts and weights alone, once for each.
+
+hcl_bn cuts its maps in the same way, and takes its plans from here.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import triton
 from torch import Tensor
 from transkd_fast.kernels import _common
 
+LEVELS = (4, 2, 1)
 STAGES_PER_LAUNCH = 4  # the code of a launch grows with it
 TILE_BYTES = 4096  # of each map per step of a program: two 16-byte loads per thread of four warps
 PROGRAMS = 1024  # wanted per stage: about what the largest GPUs run at a time
@@ -41,7 +45,9 @@ class Stage:
         parts: partial sums per cell and channel.
         programs: programs of the sums' and the backward's kernel.
         pool_programs: programs of the pooling kernel.
-        weight: of the stage.
+        alpha: the gradient of the full-size term is alpha d.
+        level_scales: of each level that is used, in the order of `LEVELS`, its weight divided by its number of values;
+            0 for as many as are not used.
     """
 
     sizes: tuple[int, ...]
@@ -49,31 +55,21 @@ class Stage:
     parts: int
     programs: int
     pool_programs: int
-    weight: float
+    alpha: float
+    level_scales: tuple[float, ...]
 
     @property
     def table_shape(self) -> tuple[int, int, int]:
         batch, channels, _, _, _, bands, segments, _ = self.sizes
         return batch, bands * segments, channels
 
-    @property
-    def alpha(self) -> float:
-        batch, channels, height, width, split = self.sizes[:5]
-        return 2 * self.weight / (_sum_of_weights(split) * batch * channels * height * width)
-
-    @property
-    def pool_scale(self) -> float:
-        """A level's weight divided by its number of values, times the level: the same for all."""
-        batch, channels, _, _, split = self.sizes[:5]
-        return self.weight / (_sum_of_weights(split) * 2 * split * batch * channels) if split else 0.0
-
 
 @dataclass(frozen=True)
 class Launch:
     """The arguments of one launch of each kernel; tuples have one entry per stage of the launch.
 
-    Scales are pairs of floats (`_common.halves`). A stage's programs are those below its end and not below the one
-    before.
+    Scales are pairs of floats (`_common.halves`), those of the pooled terms three such pairs per stage. A stage's
+    programs are those below its end and not below the one before.
     """
 
     stages: slice
@@ -87,7 +83,7 @@ class Launch:
     pool_losses_at: int
     alphas: tuple[tuple[float, float], ...]
     pixel_scales: tuple[tuple[float, float], ...]
-    pool_scales: tuple[tuple[float, float], ...]
+    pool_scales: tuple[tuple[tuple[float, float], ...], ...]
 
     @property
     def programs(self) -> int:
@@ -103,6 +99,7 @@ class Plan:
     """All launches of a call, and its workspace: the partial sums of each stage, then the loss's parts.
 
     Attributes:
+        op: name of the op, for messages.
         stages: all stages.
         launches: all launches.
         partial_at: where in the workspace each stage's partial sums begin.
@@ -111,6 +108,7 @@ class Plan:
         dtype: compute type, that of the workspace, the loss and the tables.
     """
 
+    op: str
     stages: tuple[Stage, ...]
     launches: tuple[Launch, ...]
     partial_at: tuple[int, ...]
@@ -124,69 +122,94 @@ class Plan:
 
     def check_backward(self, grad: Tensor, tables: Sequence[Tensor]) -> None:
         """Raises RuntimeError unless the upstream gradient and the tables fit this plan."""
+        name = f"{self.op}_bwd"
         if grad.numel() != 1 or grad.dtype != self.dtype:
-            raise RuntimeError(f"hcl_bwd: expected a scalar grad of {self.dtype}, got {_common.described(grad)}")
+            raise RuntimeError(f"{name}: expected a scalar grad of {self.dtype}, got {_common.described(grad)}")
         if len(tables) != len(self.stages):
-            raise RuntimeError(f"hcl_bwd: expected one table per stage, got {len(tables)} for {len(self.stages)}")
+            raise RuntimeError(f"{name}: expected one table per stage, got {len(tables)} for {len(self.stages)}")
         for stage, table in zip(self.stages, tables, strict=True):
             if tuple(table.shape) != stage.table_shape or table.dtype != self.dtype or not table.is_contiguous():
                 raise RuntimeError(
-                    "hcl_bwd: expected the tables that hcl_fwd made, contiguous, here of shape "
+                    f"{name}: expected the tables that {self.op}_fwd made, contiguous, here of shape "
                     f"{list(stage.table_shape)} and {self.dtype}, got {_common.described(table)}"
                 )
 
 
-def plan_of(students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]) -> Plan:
+def plan_of(
+    op: str,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    level_weights: Sequence[float],
+    sums: int = 1,
+    called: str = "students",
+) -> Plan:
     """The plan for these maps.
 
     Args:
+        op: name of the op, for messages.
         students: maps [B, C, H, W], one per stage.
         teachers: as many, of the same shapes and layouts.
         weights: as many.
+        level_weights: three.
+        sums: how many sums the op takes per cell and part.
+        called: what the op calls the students' maps, for messages.
 
     Returns:
         The plan; calls that differ in values only share one.
 
     Raises:
-        RuntimeError: if the maps do not fit each other.
+        RuntimeError: if the maps do not fit each other, or there are not three level weights.
     """
     if not students or len(students) != len(teachers) or len(students) != len(weights):
         raise RuntimeError(
-            f"hcl: expected as many teachers and weights as students, and at least one, got {len(students)} students, "
+            f"{op}: expected as many teachers and weights as {called}, and at least one, got {len(students)} {called}, "
             f"{len(teachers)} teachers and {len(weights)} weights"
+        )
+    if len(level_weights) != len(LEVELS):
+        raise RuntimeError(
+            f"{op}: expected {len(LEVELS)} level weights, of the levels used in the order 4, 2, 1, got "
+            f"{len(level_weights)}"
         )
     maps = [*students, *teachers]
     if any(m.device != maps[0].device for m in maps):
-        raise RuntimeError(f"hcl: expected all maps on one device, got {sorted({str(m.device) for m in maps})}")
-    described = tuple((tuple(m.shape), m.dtype, _common.is_channels_last("hcl", m)) for m in maps)
-    return _plan(described, tuple(weights))
+        raise RuntimeError(f"{op}: expected all maps on one device, got {sorted({str(m.device) for m in maps})}")
+    described = tuple((tuple(m.shape), m.dtype, _common.is_channels_last(op, m)) for m in maps)
+    return _plan(op, described, tuple(weights), tuple(level_weights), sums)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(maps: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...], weights: tuple[float, ...]) -> Plan:
+def _plan(
+    op: str,
+    maps: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...],
+    weights: tuple[float, ...],
+    level_weights: tuple[float, ...],
+    sums: int,
+) -> Plan:
     count = len(weights)
     pairs = list(zip(maps[:count], maps[count:], strict=True))
     stages = []
     for ((shape, dtype, channels_last), (other_shape, other_dtype, other_layout)), weight in zip(
         pairs, weights, strict=True
     ):
-        _check_pair(shape, other_shape, dtype, other_dtype, maps[0][1])
+        _check_pair(op, shape, other_shape, dtype, other_dtype, maps[0][1])
         if channels_last != other_layout:
-            raise RuntimeError("hcl: expected both maps contiguous or both channels-last, got one of each")
+            raise RuntimeError(f"{op}: expected both maps contiguous or both channels-last, got one of each")
         itemsizes = (dtype.itemsize, other_dtype.itemsize)
-        stages.append(_stage(shape, channels_last, min(itemsizes), max(itemsizes), weight))
+        stages.append(_stage(shape, channels_last, min(itemsizes), max(itemsizes), weight, level_weights))
     partial_at, at = [], 0
     for stage in stages:
         partial_at.append(at)
-        at += triton.cdiv(math.prod(stage.table_shape) * stage.parts, ALIGNMENT) * ALIGNMENT
+        at += triton.cdiv(sums * math.prod(stage.table_shape) * stage.parts, ALIGNMENT) * ALIGNMENT
     launches, losses = [], 0
     for begin in range(0, count, STAGES_PER_LAUNCH):
         launches.append(_launch(stages, slice(begin, min(begin + STAGES_PER_LAUNCH, count)), losses))
         losses = launches[-1].pool_losses_at + launches[-1].pool_programs
-    return Plan(tuple(stages), tuple(launches), tuple(partial_at), at, losses, _common.COMPUTE[maps[0][1]])
+    return Plan(op, tuple(stages), tuple(launches), tuple(partial_at), at, losses, _common.COMPUTE[maps[0][1]])
 
 
 def _check_pair(
+    op: str,
     shape: tuple[int, ...],
     other_shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -194,23 +217,38 @@ def _check_pair(
     first_dtype: torch.dtype,
 ) -> None:
     if len(shape) != 4 or len(other_shape) != 4:
-        raise RuntimeError(f"hcl: expected maps [B, C, H, W], got {list(shape)} and {list(other_shape)}")
+        raise RuntimeError(f"{op}: expected maps [B, C, H, W], got {list(shape)} and {list(other_shape)}")
     for dim in range(4):
         if shape[dim] != other_shape[dim] or shape[dim] == 0:
             raise RuntimeError(
-                f"hcl: expected non-empty maps of one shape; they differ in dimension {dim}, got {list(shape)} and "
+                f"{op}: expected non-empty maps of one shape; they differ in dimension {dim}, got {list(shape)} and "
                 f"{list(other_shape)}"
             )
-    for one in (dtype, other_dtype):
-        if one not in _common.COMPUTE:
-            raise RuntimeError(f"hcl: expected float32, float64, bfloat16 or float16 maps, got {one}")
-        if (one == torch.float64) != (first_dtype == torch.float64):
-            raise RuntimeError(f"hcl: float64 does not mix with other dtypes, got {one} and {first_dtype}")
+    check_dtypes(op, (dtype, other_dtype), first_dtype)
 
 
-def _stage(shape: tuple[int, ...], channels_last: bool, smallest: int, largest: int, weight: float) -> Stage:
+def check_dtypes(op: str, dtypes: Sequence[torch.dtype], first_dtype: torch.dtype) -> None:
+    """Raises RuntimeError unless the maps' dtypes are known and go together with that of the first map."""
+    for dtype in dtypes:
+        if dtype not in _common.COMPUTE:
+            raise RuntimeError(f"{op}: expected float32, float64, bfloat16 or float16 maps, got {dtype}")
+        if (dtype == torch.float64) != (first_dtype == torch.float64):
+            raise RuntimeError(f"{op}: float64 does not mix with other dtypes, got {dtype} and {first_dtype}")
+
+
+def _stage(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    smallest: int,
+    largest: int,
+    weight: float,
+    level_weights: Sequence[float],
+) -> Stage:
     batch, channels, height, width = shape
-    split = next((level for level in (4, 2, 1) if level < min(height, width)), 0)
+    used = dict(zip((level for level in LEVELS if level < min(height, width)), level_weights, strict=False))
+    split = max(used, default=0)
+    share = weight / ((1 + sum(used.values())) * batch * channels)
+    level_scales = [share * level_weight / level**2 for level, level_weight in used.items()]
     rows, columns = borders(height, split), borders(width, split)
     bands, segments = len(rows) - 1, len(columns) - 1
     tallest, widest = (max(b - a for a, b in itertools.pairwise(cut)) for cut in (rows, columns))
@@ -241,7 +279,8 @@ def _stage(shape: tuple[int, ...], channels_last: bool, smallest: int, largest: 
         parts=parts,
         programs=programs * strips,
         pool_programs=batch * triton.cdiv(channels, POOL_CHANNELS),
-        weight=weight,
+        alpha=2 * share / (height * width),
+        level_scales=(*level_scales, *[0.0] * (len(LEVELS) - len(used))),
     )
 
 
@@ -273,7 +312,7 @@ def _launch(stages: Sequence[Stage], chosen: slice, losses_at: int) -> Launch:
         pool_losses_at=losses_at + ends[-1],
         alphas=tuple(_common.halves(stage.alpha) for stage in own),
         pixel_scales=tuple(_common.halves(stage.alpha / 2) for stage in own),
-        pool_scales=tuple(_common.halves(stage.pool_scale) for stage in own),
+        pool_scales=tuple(tuple(map(_common.halves, stage.level_scales)) for stage in own),
     )
 
 
@@ -288,12 +327,7 @@ def borders(size: int, split: int) -> list[int]:
         Increasing positions, the first 0 and the last size.
     """
     found = {0, size}
-    for level in (4, 2, 1):
+    for level in LEVELS:
         if level <= split:
             found |= {i * size // level for i in range(level)} | {-(-i * size // level) for i in range(level)}
     return sorted(found)
-
-
-def _sum_of_weights(split: int) -> float:
-    """1 for the pixels and 1/2, 1/4, ... for the levels used, of which split = 4, 2, 1 means three, two, one."""
-    return 2 - 1 / (2 * split) if split else 1.0

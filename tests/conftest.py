@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--allowed-skips", help="file that names each test that may be skipped, with its reason")
+    parser.addoption("--every-mutant", action="store_true", help="plant every error of planted_errors.py")
 
 
 def pytest_configure(config):

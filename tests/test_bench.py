@@ -121,6 +121,16 @@ def test_products_of_rounded_operands_may_be_off_by_their_rounding(dtype, off, r
     assert square_case(function=lambda x: (1 + off) * x.square().sum(), dtype=dtype).check() is not None
 
 
+@pytest.mark.parametrize(("backend", "right"), [("eager", True), ("published", True), ("cpu", False)])
+def test_only_kernels_are_held_to_what_a_batch_norms_sums_cost_the_others(backend, right):
+    def gradient_off(x):
+        return x.square().sum() * (1 + 5e-5) - 5e-5 * x.detach().square().sum()
+
+    error = square_case(backend, gradient_off, statistics=True).check()
+    assert (error is None) == right
+    assert square_case("eager", gradient_off).check() is not None
+
+
 def test_maps_of_another_shape_are_no_match():
     (wrong,) = measured(square_case(function=lambda x: x.square().sum().expand(3)))
     assert wrong.error is not None
@@ -319,6 +329,22 @@ def test_a_kernels_sources_hold_its_own_folder_and_what_is_shared(backend, folde
     files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     assert {"csrc/common/hcl_pyramid.h", "transkd_fast/ops/hcl.py"} <= files
     assert any(name.startswith(f"csrc/{folder}/hcl") for name in files)
+
+
+def test_sources_hold_the_op_that_another_one_is_made_of():
+    for backend in ("eager", "cpu", "triton", "cuda"):
+        assert set(rows.sources_of("hcl", backend, "cpu")) <= set(rows.sources_of("hcl_bn", backend, "cpu"))
+    assert "transkd_fast/reference/hcl_bn.py" not in rows.sources_of("hcl", "eager", "cpu")
+
+
+def test_sources_of_the_whole_head_hold_its_modules_and_where_kernels_run_all_of_them():
+    assert "transkd_fast/nn/*.py" in rows.sources_of("head", "published", "cpu")
+    assert "csrc/cpu/**/*" in rows.sources_of("head", "cpu", "cpu")
+    assert "csrc/cpu/**/*" not in rows.sources_of("head", "published", "cpu")
+
+
+def test_what_a_bench_writes_itself_is_its_own_source():
+    assert rows.sources_of("seg_ce", "compiled", "cpu") == ["bench/bench_seg_ce.py"]
 
 
 def test_sources_hold_the_module_that_is_measured_beside_its_op():

@@ -26,25 +26,32 @@ def test_committed_targets_name_cases_that_the_benches_have():
         assert set(product(promised.size, promised.batch)) <= set(bench.CASES[promised.device]), promised
 
 
-def test_the_bench_with_default_malloc_runs_the_cases_of_its_targets():
-    import bench_csf
+@pytest.mark.parametrize("op", ["csf", "head"])
+def test_the_bench_with_default_malloc_runs_the_cases_of_its_targets(op):
+    bench, asked = bench_of(op), []
+    for layout in bench.LAYOUTS:
+        getattr(bench, f"test_{op}_with_default_malloc")(layout, asked.append)
+    ids = {f"test_{op}[{p.id}]": p.values for p in bench.parameters(["cpu"])}
+    promised = [target for target in targets.load() if target.malloc and target.op == op]
+    cases = {(t.device, *t.size, *t.batch, *t.layout) for target in promised for t in target.single()}
+    assert cases == {ids[test] for test in asked}
 
-    asked = []
-    for layout in bench_csf.LAYOUTS:
-        bench_csf.test_csf_with_default_malloc(layout, asked.append)
-    ids = {f"test_csf[{p.id}]": p.values for p in bench_csf.parameters(["cpu"])}
-    promised = [target for target in targets.load() if target.malloc]
-    cases = [single for target in promised for single in target.single()]
-    assert [(t.op, t.device, *t.size, *t.batch, *t.layout) for t in cases] == [("csf", *ids[test]) for test in asked]
+
+def test_only_benches_with_default_malloc_have_targets_of_it():
+    assert {target.op for target in targets.load() if target.malloc} == {"csf", "head"}
 
 
 @pytest.mark.parametrize(
     ("op", "first"),
     [
         ("csf", [("stage 1", 8), ("stage 1", 2)]),
+        ("cwd", [("stages 1-4", 8), ("stage 1", 8)]),
         ("gl_mixer", [("stage 4", 8), ("stage 4", 2)]),
         ("hcl", [("stages 1-4", 8), ("stage 1", 8)]),
+        ("hcl_bn", [("stages 1-4", 8), ("stage 1", 8)]),
+        ("head", [("base", 8), ("base", 2)]),
         ("pea", [("stages 1-4", 8), ("stages 1-2", 8)]),
+        ("seg_ce", [("19 classes", 8), ("19 classes", 2)]),
     ],
 )
 def test_judged_cases_run_first_on_a_gpu(op, first):
@@ -67,7 +74,7 @@ def test_graphs_of_all_gpu_cases_are_compiled_without_a_reset(bench):
     assert len(cases) < torch._dynamo.config.recompile_limit
 
 
-@pytest.mark.parametrize("op", ["csf", "gl_mixer", "hcl", "pea"])
+@pytest.mark.parametrize("op", ["csf", "cwd", "gl_mixer", "hcl", "hcl_bn", "pea", "seg_ce"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_compiled_graphs_are_dropped_only_where_there_are_too_many(device, op, monkeypatch):
     class Enough(Exception):

@@ -36,7 +36,7 @@ def test_a_wrong_result_is_a_miss():
 
 def test_what_did_not_run_says_why():
     assert judged(target(), row("eager")) == [("NOT RUN", None, "why")]
-    assert judged(target(), row()) == [("NOT RUN", None, "eager has no time")]
+    assert judged(target(), row()) == [("NOT RUN", None, "eager was not measured")]
     assert judged(target(layout=("channels_last",)), row("eager"), row()) == [("NOT RUN", None, "why")]
     no_value = target(measure="launches_forward", against="")
     assert judged(no_value, row()) == [("NOT RUN", None, "launches_forward could not be measured")]
@@ -76,9 +76,21 @@ def test_speed_by_the_clock_and_as_a_graph_are_measures_of_their_own():
     assert judged(target(measure="speedup_wall", at_least=3), eager, ours) == [("PASS", 3.0, "")]
     assert judged(target(measure="speedup_graph", at_least=3), eager, ours) == [("MISS", 2.0, "")]
     # One of them could not be captured.
-    assert judged(target(measure="speedup_graph"), row("eager"), ours) == [("NOT RUN", None, "eager has no time")]
+    assert judged(target(measure="speedup_graph"), row("eager"), ours) == [("NOT RUN", None, "eager was not measured")]
     unmeasured = ("NOT RUN", None, "speedup_graph could not be measured")
     assert judged(target(measure="speedup_graph"), eager, row()) == [unmeasured]
+
+
+def test_a_share_of_anothers_memory_is_a_measure_that_compares():
+    promised = target(measure="peak_share", at_least=None, at_most=0.125)
+    rows = [row("eager", peak_bytes=400), row(peak_bytes=50)]
+    (verdict,) = targets.judge(promised, rows, lambda _: "")
+    assert (verdict.verdict, verdict.value) == ("PASS", 0.125)
+    assert promised.bound == "peak memory beyond the inputs <= 0.125x eager"
+    (verdict,) = targets.judge(promised, [row("eager", peak_bytes=400), row(peak_bytes=51)], lambda _: "", cold=True)
+    assert verdict.verdict == "MISS"
+    (verdict,) = targets.judge(promised, rows[1:], lambda _: "")
+    assert (verdict.verdict, verdict.reason) == ("NOT RUN", "eager was not measured")
 
 
 def test_a_share_of_a_copys_speed_is_judged_and_written_in_hundredths():
@@ -161,8 +173,12 @@ source = "here"
         ('backend = "cpu"', 'backend = "eager"', "backend: expected some of"),
         ("at_most = 2", "", "expected one of at_least and at_most, got none"),
         ("at_most = 2", "at_most = 2\nat_least = 1", "expected one of at_least and at_most, got both"),
-        ("launches_forward", "speedup_total", "against: expected with the speedup measures"),
-        ("at_most = 2", 'at_most = 2\nagainst = "eager"', "against: expected with the speedup measures"),
+        ("launches_forward", "speedup_total", "against: expected with speedup_wall, speedup_graph,"),
+        (
+            "at_most = 2",
+            'at_most = 2\nagainst = "eager"',
+            "against: expected with speedup_wall, speedup_graph,",
+        ),
     ],
 )
 def test_a_bad_target_is_named(tmp_path, old, new, message):

@@ -63,8 +63,10 @@ def test_saved_configuration_reads_back_equal(tmp_path):
             "distill.enabled=false", "distill.variant=gl", "distill.mid_channels=32", "distill.legacy=true",
             "distill.feature_loss=null", "distill.feature_weight=0.5", "distill.feature_stage_weights=[1,2,3,4]",
             "distill.embeddings=[2,4]", "distill.embedding_weight=0.25", "distill.embedding_stage_weights=[4,3,2,1]",
-            "distill.temperature=4", "verify.batches=5", "verify.batch_size=6", "verify.limit_fp32=1e-6",
-            "verify.limit_bf16=0.125", "verify.precision=fp32",
+            "distill.temperature=4", "distill.feature_level_weights=[1,0,2]", "distill.logits=true",
+            "distill.logit_weight=0.5", "distill.logit_temperature=3", "legacy.quarter_labels=true",
+            "verify.batches=5", "verify.batch_size=6", "verify.limit_fp32=1e-6", "verify.limit_bf16=0.125",
+            "verify.precision=fp32",
         ],
     )  # fmt: skip
     defaults = dict(leaves(Config()))
@@ -158,6 +160,9 @@ RANGES = {
     "distill.temperature": ["0", "nan", "inf"],
     "distill.feature_weight": ["-1", "nan", "inf"],
     "distill.embedding_weight": ["-0.5"],
+    "distill.logit_weight": ["-1", "nan"],
+    "distill.logit_temperature": ["0", "inf"],
+    "distill.feature_level_weights": ["[1,1]", "[1,1,-1]", "[1,1,nan]"],
     "distill.feature_stage_weights": ["[1,1,1]", "[1,1,1,-1]", "[1,1,1,nan]"],
     "distill.embedding_stage_weights": ["[1,1,1,1,1]", "[inf,1,1,1]"],
     "distill.embeddings": ["[0]", "[5]", "[1,1]"],

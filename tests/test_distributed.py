@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from kernels_here import device_of, kernels_of
+from test_transkd import Given
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from transkd_fast import CSF, SyncBatchNorm, use_backend
-from transkd_fast.functional import BatchNorm
+from transkd_fast import CSF, StageOutputs, SyncBatchNorm, TransKD, use_backend
+from transkd_fast.functional import BatchNorm, hcl_bn_loss
 from transkd_fast.functional import csf as csf_op
 from transkd_fast.ops import _collectives
 from transkd_fast.reference import csf as reference
@@ -29,6 +30,7 @@ TIMEOUT = 60  # seconds: what a process waits for another before it is an error
 IN, OUT, MID = (4, 6, 8, 10), (5, 7, 9, 11), 8
 BACKENDS = ["eager", *(name for name in kernels_of("csf") if device_of(name) == "cpu")]
 FAST = BACKENDS[:2]  # not Triton's interpreter, if there is another kernel
+OF_HCL_BN = ["eager", *(name for name in kernels_of("hcl_bn") if device_of(name) == "cpu")]
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 CHECKS = {}
 
@@ -225,6 +227,87 @@ def a_group_of_one_process_takes_its_own_statistics(rank):
         close(train(model, xs), train(expected, xs), tolerance=0)
         close(list(model.buffers()), list(expected.buffers()), tolerance=0)
     assert not calls
+
+
+def stages(batch, hw, offset, affine, dtype=torch.float64):
+    """Maps and teacher maps of three stages with different batch norms: tracked, cumulative, frozen."""
+    generator = torch.Generator().manual_seed(1)
+    us, teachers, bns = [], [], []
+    for m, channels in enumerate(IN[:3]):
+        size = [max(1, n // 2**m) for n in hw]
+        for tensors in (us, teachers):
+            tensors.append(torch.randn(batch, channels, *size, generator=generator, dtype=dtype))
+        us[-1] += offset
+        parameters = torch.rand(4, channels, generator=generator, dtype=dtype) + 0.5
+        weight, bias = (t.clone().requires_grad_() for t in parameters[:2]) if affine else (None, None)
+        tracked = *(t.clone() for t in parameters[2:]), torch.tensor(3)
+        bns.append(BatchNorm(weight, bias, *tracked, training=m != 2, momentum=None if m == 1 else 0.1))
+    return us, teachers, bns
+
+
+@in_both_processes(
+    *({"backend": backend} for backend in OF_HCL_BN),
+    *({"backend": b, "layout": "channels_last", "batches": (1, 2), "offset": 1000.0} for b in OF_HCL_BN[:2]),
+    {"backend": OF_HCL_BN[:2][-1], "hw": (3, 5), "affine": False},
+)
+def hcl_of_normalised_maps_is_that_of_one_process(
+    rank, backend, layout="NCHW", batches=(2, 1), hw=(9, 13), offset=0.0, affine=True
+):
+    weights, levels, total = (0.1, 0.5, 1.0), (0.5, 0.0, 2.0), sum(batches)
+    tolerance = 1e-10 if offset == 0 else 1e-8  # the offset's digits are lost in fp64 as well
+
+    def run(which, **options):
+        us, teachers, bns = stages(total, hw, offset, affine)
+        us, teachers = ([which(t).contiguous(memory_format=LAYOUTS[layout]) for t in ts] for ts in (us, teachers))
+        for u in us:
+            u.requires_grad_()
+        for _ in range(2):
+            loss = hcl_bn_loss(us, teachers, bns, weights, levels, **options)
+            (len(us[0]) / total * loss).backward()
+        parameters = [t for bn in bns for t in bn[:2] if t is not None]
+        return loss.detach(), [u.grad for u in us], [p.grad for p in parameters], [t for bn in bns for t in bn[2:5]]
+
+    truth = run(lambda t: t, backend="eager")
+    group = dist.group.WORLD
+    samples = batches if backend == "eager" else None
+    results = run(lambda t: own(t, rank, batches), backend=backend, process_group=group, samples=samples)
+    close(added(results[0] * batches[rank] / total), truth[0], tolerance=tolerance)
+    close(results[1], [own(grad, rank, batches) for grad in truth[1]], tolerance=tolerance)
+    close([added(grad) for grad in results[2]], truth[2], tolerance=tolerance)
+    close(results[3], truth[3], tolerance=tolerance)
+
+
+@in_both_processes(*({"backend": backend} for backend in OF_HCL_BN[:2]))
+def transkd_folds_synchronised_batch_norms(rank, backend):
+    """hcl of the branches is that of the maps of the same processes, whose batches differ in size."""
+    batches, xs, teachers = (2, 1), maps(3, (9, 13)), []
+    generator = torch.Generator().manual_seed(2)
+    for channels, x in zip(OUT, xs, strict=True):
+        teachers.append(torch.randn(3, channels, *x.shape[2:], generator=generator, dtype=x.dtype))
+    features = [own(x, rank, batches).clone().requires_grad_() for x in xs]
+    teacher = StageOutputs([own(t, rank, batches) for t in teachers], [], None)
+    torch.manual_seed(0)
+    model = TransKD(Given(StageOutputs(features, [], None)), IN, OUT, mid_channels=MID, embeddings=()).double()
+    model = SyncBatchNorm.convert_sync_batchnorm(model)
+    twin = copy.deepcopy(model)
+    twin.student = model.student
+    with use_backend("eager"):
+        expected = twin.criterion(twin.skfs(features), teacher.features)
+        truth = torch.autograd.grad(expected, [*features, *twin.skfs.parameters()])
+        # Only the sum of the processes' shares is defined.
+        truth = [*truth[: len(xs)], *map(added, truth[len(xs) :])]
+    with use_backend(backend), counted() as calls:
+        loss = model(None, teacher).losses["hcl"]
+    # Batch sizes once, three fusing stages, the coarsest one's first batch norm, and the last ones: the kernels' all
+    # together, in the reference each on its own.
+    assert calls == {"all_gather_into_tensor": 1 + 3 + 1 + (4 if backend == "eager" else 1)}
+    close(loss, expected)
+    results = torch.autograd.grad(loss, [*features, *model.skfs.parameters()])
+    close([*results[: len(xs)], *map(added, results[len(xs) :])], truth)
+    close(list(model.buffers()), list(twin.buffers()))
+    half = copy.deepcopy(model.skfs)
+    half[2].conv2[1] = nn.BatchNorm2d(OUT[1]).double()
+    raises("last batch norms of all stages to be synchronised over the same", lambda: half.branches(features))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """hcl on every backend that can run here, against the fp64 reference, golden values and finite differences."""
 
 import itertools
+import math
 
 import golden_io
 import pytest
@@ -29,10 +30,10 @@ def call(inputs, backend):
 def raw_calls(inputs, backend):
     """Two stages that differ in size and dtype."""
     students, teachers = ([inputs[name], inputs[name][:, :, :4].bfloat16()] for name in ("student", "teacher"))
-    weights = [1.0, 0.5]
-    loss, tables = raw_op("hcl_fwd", backend)(students, teachers, weights)
-    yield "hcl_fwd", (students, teachers, weights)
-    yield "hcl_bwd", (loss, students, teachers, tables, weights)
+    weights = [1.0, 0.5], [0.5, 0.25, 0.125]
+    loss, tables = raw_op("hcl_fwd", backend)(students, teachers, *weights)
+    yield "hcl_fwd", (students, teachers, *weights)
+    yield "hcl_bwd", (loss, students, teachers, tables, *weights)
 
 
 FEW = [(2, 3, 9, 7), (3, 33, 6, 6), (2, 5, 8, 12), (2, 7, 3, 4), (1, 2, 1, 9)]
@@ -188,17 +189,59 @@ class TestHCL(OpChecks):
     def test_raw_ops_repeat_the_contract(self, backend):
         forward, backward = raw_op("hcl_fwd", backend), raw_op("hcl_bwd", backend)
         student, teacher = self.op.make((1, 2, 6, 6), backend=backend).values()
+        levels = [0.5, 0.25, 0.125]
         with pytest.raises(RuntimeError, match="differ in dimension 2"):
-            forward([student], [teacher[:, :, 1:].contiguous()], [1.0])
+            forward([student], [teacher[:, :, 1:].contiguous()], [1.0], levels)
         with pytest.raises(RuntimeError, match="both maps contiguous or both channels-last"):
-            forward([student], [teacher.contiguous(memory_format=torch.channels_last)], [1.0])
+            forward([student], [teacher.contiguous(memory_format=torch.channels_last)], [1.0], levels)
         with pytest.raises(RuntimeError, match="as many teachers and weights as students"):
-            forward([student], [teacher], [1.0, 1.0])
+            forward([student], [teacher], [1.0, 1.0], levels)
+        with pytest.raises(RuntimeError, match="3 level weights"):
+            forward([student], [teacher], [1.0], levels[:2])
         with pytest.raises(RuntimeError, match="float64 does not mix"):
-            forward([student], [teacher.double()], [1.0])
-        loss, tables = forward([student], [teacher], [1.0])
+            forward([student], [teacher.double()], [1.0], levels)
+        loss, tables = forward([student], [teacher], [1.0], levels)
         with pytest.raises(RuntimeError, match="expected the tables"):
-            backward(loss, [student], [teacher], [tables[0][:, :1].contiguous()], [1.0])
+            backward(loss, [student], [teacher], [tables[0][:, :1].contiguous()], [1.0], levels)
+
+    @each(
+        "shape weights",
+        list(itertools.product([(2, 3, 9, 7), (2, 5, 3, 4), (2, 3, 1, 5)], [(0.0, 0.0, 0.0), (2.0, 0.0, 0.3)])),
+        few=[((2, 3, 9, 7), (2.0, 0.0, 0.3)), ((2, 5, 3, 4), (2.0, 0.0, 0.3))],
+    )
+    def test_levels_have_the_weights_that_are_asked_for(self, shape, weights, backend):
+        """The n-th level that is used has the n-th weight."""
+
+        def call(inputs, backend):
+            return hcl_loss([inputs["student"]], [inputs["teacher"]], backend=backend, level_weights=weights)
+
+        def by_hand(inputs, backend):
+            difference = inputs["student"] - inputs["teacher"]
+            used = [level for level in (4, 2, 1) if level < min(shape[2:])]
+            terms = [
+                w * F.adaptive_avg_pool2d(difference, n).square().mean() for n, w in zip(used, weights, strict=False)
+            ]
+            return (difference.square().mean() + sum(terms)) / (1 + sum(weights[: len(used)]))
+
+        inputs = self.op.make(shape, backend=backend)
+        self.op.compare(self.op.run(inputs, backend, call=call), self.op.truth(inputs, call=by_hand), backend)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.25), (0.5, -0.25, 0.125), (0.5, math.nan, 0.1), (0.5, math.inf, 0.1)])
+def test_level_weights_are_three_finite_numbers(weights):
+    with pytest.raises(ValueError, match="hcl_loss: expected level_weights to be 3 finite numbers >= 0"):
+        hcl_loss([torch.zeros(1, 2, 8, 8)], [torch.zeros(1, 2, 8, 8)], level_weights=weights)
+
+
+def test_student_maps_are_resized_where_asked_for():
+    students = [random((2, 3, *size)).requires_grad_() for size in ((8, 12), (5, 6))]
+    teachers = [random((2, 3, *size)) for size in ((8, 12), (9, 13))]
+    with pytest.raises(ValueError, match=r"stage 2: expected teacher .* resize_student=True resizes the student's map"):
+        hcl_loss(students, teachers)
+    resized = F.interpolate(students[1], (9, 13), mode="bilinear", align_corners=False)
+    losses = [hcl_loss(students, teachers, resize_student=True), hcl_loss([students[0], resized], teachers)]
+    gradients = [torch.autograd.grad(loss, students) for loss in losses]
+    assert losses[0] == losses[1] and all(map(torch.equal, *gradients))
 
 
 def test_reference_is_pooling_written_out():

@@ -19,7 +19,7 @@ if backends.why_not("hcl", "triton") is not None:
 
 import triton
 import triton.language as tl
-from transkd_fast.kernels import _common, _hcl_plan
+from transkd_fast.kernels import _common, _hcl_cells, _hcl_plan
 from transkd_fast.kernels import hcl as kernels
 
 DEVICE = device_of("triton")
@@ -30,6 +30,11 @@ if interpreted("triton"):
     # The interpreter cuts bfloat16 off where the compiled kernel rounds (seen in Triton 3.6 and 3.9).
     TOLERANCE[torch.bfloat16] *= 2
 UPSTREAM = 0.37
+LEVELS = (0.5, 0.25, 0.125)
+
+
+def plan_of(students, teachers, weights):
+    return _hcl_plan.plan_of("hcl", students, teachers, weights, LEVELS)
 
 
 @pytest.fixture
@@ -65,9 +70,9 @@ def truth(students, teachers, weights, upstream=UPSTREAM):
 
 
 def run(students, teachers, weights, upstream=UPSTREAM):
-    loss, tables = kernels.hcl_fwd(students, teachers, weights)
+    loss, tables = kernels.hcl_fwd(students, teachers, weights, LEVELS)
     grad = torch.tensor(upstream, dtype=loss.dtype, device=DEVICE)
-    return loss, tables, kernels.hcl_bwd(grad, students, teachers, tables, weights)
+    return loss, tables, kernels.hcl_bwd(grad, students, teachers, tables, weights, LEVELS)
 
 
 def relative(value, true):
@@ -100,7 +105,7 @@ def test_borders_are_those_of_adaptive_pooling():
 @triton.jit
 def edges_kernel(out, size, split, segments):
     k = tl.arange(0, 8)
-    tl.store(out + k, kernels._edge(k, size, split, segments), mask=k <= segments)
+    tl.store(out + k, _hcl_cells.edge(k, size, split, segments), mask=k <= segments)
 
 
 def test_the_kernels_find_the_same_borders():
@@ -115,17 +120,17 @@ def test_the_kernels_find_the_same_borders():
 
 @triton.jit
 def far_planes_kernel(out, pid, row, sizes, VECTOR: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr):
-    plane, column, _, _, _, _, _ = kernels._place_in_planes(pid, sizes, PLANES, COLUMNS)
-    offsets, _, length = kernels._rows_of_planes(plane, column, sizes, VECTOR)
+    plane, column, _, _, _, _, _ = _hcl_cells.place_in_planes(pid, sizes, PLANES, COLUMNS)
+    offsets, _, length = _hcl_cells.rows_of_planes(plane, column, sizes, VECTOR)
     at = tl.arange(0, PLANES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(out + at, tl.reshape(offsets + row.to(tl.int64) * length, [PLANES, COLUMNS]))
 
 
 @triton.jit
 def far_pixels_kernel(out, pid, pixel, sizes, VECTOR: tl.constexpr, CHANNELS: tl.constexpr):
-    channel, _, corner, cell_width, _, _, _ = kernels._place_in_pixels(pid, sizes, CHANNELS)
+    channel, _, corner, cell_width, _, _, _ = _hcl_cells.place_in_pixels(pid, sizes, CHANNELS)
     pixels = pixel + tl.arange(0, 1)
-    offsets, _ = kernels._pixel_offsets(pixels, channel, corner, cell_width, sizes, VECTOR)
+    offsets, _ = _hcl_cells.pixel_offsets(pixels, channel, corner, cell_width, sizes, VECTOR)
     tl.store(out + tl.arange(0, 1)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :], offsets)
 
 
@@ -149,8 +154,8 @@ def test_offsets_go_beyond_32_bits():
 @pytest.mark.parametrize("shape", [(1, 6, 8, 8), (1, 3, 4, 9), (1, 5, 3, 10)], ids=str)
 def test_several_programs_per_cell(shape, layout, small_plans):
     students, teachers = ([m] for m in make(shape, layout=layout))
-    (stage,) = _hcl_plan.plan_of(students, teachers, [0.7]).stages
-    launch = _hcl_plan.plan_of(students, teachers, [0.7]).launches[0]
+    (stage,) = plan_of(students, teachers, [0.7]).stages
+    launch = plan_of(students, teachers, [0.7]).launches[0]
     assert stage.parts > launch.pool_tile[2] and stage.programs > stage.table_shape[0] * stage.table_shape[1]
     check(students, teachers, [0.7])
 
@@ -172,7 +177,7 @@ def test_stages_of_all_kinds_share_a_launch():
     ]
     pairs = [make(*kind) for kind in kinds]
     students, teachers = [p[0] for p in pairs], [p[1] for p in pairs]
-    plan = _hcl_plan.plan_of(students, teachers, [1.0] * 5)
+    plan = plan_of(students, teachers, [1.0] * 5)
     assert len(plan.launches) == 2
     ends = [*plan.partial_at[1:], plan.losses_at]
     for stage, begin, end in zip(plan.stages, plan.partial_at, ends, strict=True):
@@ -251,10 +256,10 @@ def test_nothing_uninitialised_is_read(layout, small_plans):
 
 def test_inputs_are_left_alone():
     students, teachers = ([m] for m in make((1, 3, 6, 9)))
-    loss, tables = kernels.hcl_fwd(students, teachers, [0.5])
+    loss, tables = kernels.hcl_fwd(students, teachers, [0.5], LEVELS)
     inputs = [loss, *students, *teachers, *tables]
     copies = [tensor.clone() for tensor in inputs]
-    kernels.hcl_bwd(loss, students, teachers, tables, [0.5])
+    kernels.hcl_bwd(loss, students, teachers, tables, [0.5], LEVELS)
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
 
 
@@ -276,7 +281,7 @@ def test_inputs_are_left_alone():
 @layouts
 def test_plans_keep_the_promises_the_kernels_rely_on(shape, dtypes, layout):
     batch, channels, _, width = shape
-    stage = _hcl_plan._stage(shape, layout == "channels_last", *dtypes, 1.0)
+    stage = _hcl_plan._stage(shape, layout == "channels_last", *dtypes, 1.0, LEVELS)
     vector, *tile = stage.tile
     row = channels if layout == "channels_last" else width
     assert row % vector == 0 and tile[-1] % vector == 0 and vector * dtypes[0] <= 16
@@ -295,16 +300,17 @@ def test_plans_keep_the_promises_the_kernels_rely_on(shape, dtypes, layout):
 @pytest.mark.parametrize("batch", [2, 8])
 def test_real_maps_fill_a_large_gpu(batch, layout):
     shapes = [(batch, 64, 128, 256), (batch, 128, 64, 128), (batch, 320, 32, 64), (batch, 512, 16, 32)]
-    stages = [_hcl_plan._stage(shape, layout == "channels_last", 2, 2, 1.0) for shape in shapes]
+    stages = [_hcl_plan._stage(shape, layout == "channels_last", 2, 2, 1.0, LEVELS) for shape in shapes]
     assert stages[0].programs >= 1024
     assert all(stage.programs >= 128 for stage in stages)  # about the multiprocessors of an H100
 
 
 def test_calls_with_other_values_share_a_plan():
     first, second = make((1, 2, 5, 5)), make((1, 2, 5, 5))
-    plans = [_hcl_plan.plan_of([s], [t], [1.0]) for s, t in (first, second)]
+    plans = [plan_of([s], [t], [1.0]) for s, t in (first, second)]
     assert plans[0] is plans[1]
-    assert _hcl_plan.plan_of([first[0]], [first[1]], [2.0]) is not plans[0]
+    assert plan_of([first[0]], [first[1]], [2.0]) is not plans[0]
+    assert _hcl_plan.plan_of("hcl", [first[0]], [first[1]], [1.0], (0.5, 0.25, 0.1)) is not plans[0]
 
 
 @pytest.mark.parametrize(
@@ -356,12 +362,12 @@ ZEROS = torch.zeros(1, 2, 6, 6)
 )
 def test_maps_that_do_not_fit_are_refused(students, teachers, weights, message):
     with pytest.raises(RuntimeError, match=message):
-        kernels.hcl_fwd(students, teachers, weights)
+        kernels.hcl_fwd(students, teachers, weights, LEVELS)
 
 
 def test_tables_that_do_not_fit_are_refused():
     student, teacher = make((1, 2, 6, 6))
-    loss, (table,) = kernels.hcl_fwd([student], [teacher], [1.0])
+    loss, (table,) = kernels.hcl_fwd([student], [teacher], [1.0], LEVELS)
     for grad, tables, message in (
         (loss, [table[:, :1]], "expected the tables that hcl_fwd made"),
         (loss, [table.double()], "expected the tables that hcl_fwd made"),
@@ -370,4 +376,4 @@ def test_tables_that_do_not_fit_are_refused():
         (table, [table], "expected a scalar grad"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            kernels.hcl_bwd(grad, [student], [teacher], tables, [1.0])
+            kernels.hcl_bwd(grad, [student], [teacher], tables, [1.0], LEVELS)

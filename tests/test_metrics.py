@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from transkd_fast.data import DataError
+from transkd_fast.train.memory import peak_memory
 from transkd_fast.train.metrics import SegmentationMeter
 
 CPU = torch.device("cpu")
@@ -122,6 +123,16 @@ def test_low_precision_logits_are_compared_in_float32():
     pairs = list(batches(6, count=1))
     rounded = [(logits.bfloat16(), labels) for logits, labels in pairs]
     assert score(rounded) == score([(logits.float(), labels) for logits, labels in rounded])
+
+
+def test_logits_are_not_stored_at_label_size():
+    classes, height, width = 32, 128, 256
+    logits, labels = torch.randn(2, classes, 32, 64), torch.randint(classes, (2, height, width))
+    meter = SegmentationMeter(classes, CPU)
+    meter.update(logits, labels)
+    _, peak = peak_memory(lambda: meter.update(logits, labels), CPU)
+    # The confusion matrix takes its classes as int64, pixel by pixel.
+    assert peak < 4 * classes * 2 * height * width / 2
 
 
 def test_nothing_but_ignored_pixels_is_an_error():

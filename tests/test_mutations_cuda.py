@@ -13,7 +13,11 @@ def has_cuda_headers():
     return True
 
 
-@of_backends("cuda")
+def pytest_generate_tests(metafunc):
+    if "mutant" in metafunc.fixturenames:
+        metafunc.parametrize("mutant", of_backends(metafunc.config, "cuda"), ids=lambda mutant: mutant.name)
+
+
 def test_a_planted_error_is_caught(mutant, tree):  # noqa: F811
     if not has_cuda_headers():
         pytest.skip("there are no CUDA headers on this machine")

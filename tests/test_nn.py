@@ -1,13 +1,17 @@
 """The modules on their own."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from test_transkd import IMAGES, STUDENT, TEACHER, Given, outputs, small
 from torch import nn
 
-from transkd_fast import functional
-from transkd_fast.nn import CSF, CWDLoss, HCLLoss, SyncBatchNorm
+from transkd_fast.nn import CSF, CWDLoss, HCLLoss, KDLoss, SyncBatchNorm
+from transkd_fast.reference._common import batch_norm
+from transkd_fast.reference.cwd import cwd
+from transkd_fast.reference.hcl import hcl
 from transkd_fast.transkd import VARIANTS, TransKD
 
 IN, OUT = (4, 6, 8, 10), (5, 7, 9, 11)
@@ -41,6 +45,33 @@ def test_csf_stages_pass_the_fused_map_on_coarse_to_fine():
     for m, output in enumerate(module(xs)):
         grads = torch.autograd.grad(output.square().sum(), xs, allow_unused=True, retain_graph=True)
         assert [g is not None and bool(g.abs().max() > 0) for g in grads] == [k >= m for k in range(4)]
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_csf_branches_normalised_are_its_maps(training):
+    module, xs = CSF(IN, OUT, mid_channels=8).train(training), maps()
+    for stage in module:
+        torch.nn.init.normal_(stage.conv2[1].weight), torch.nn.init.normal_(stage.conv2[1].bias)
+    module[1].conv2[1].momentum = None
+    twin = copy.deepcopy(module)
+    us, bns, group, samples = twin.branches(xs)
+    assert group is None and samples is None
+    torch.testing.assert_close([batch_norm(u, bn) for u, bn in zip(us, bns, strict=True)], module(xs))
+    torch.testing.assert_close(list(twin.buffers()), list(module.buffers()))
+
+
+def test_csf_with_a_last_batch_norm_that_does_more_has_no_branches():
+    class Activated(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    module = CSF(IN, OUT, 8)
+    assert module.foldable
+    module[2].conv2[1] = Activated(OUT[1])
+    assert not module.foldable
+    with pytest.raises(TypeError, match=r"last batch norms to be .*, got BatchNorm2d, Activated, .*; call the module"):
+        module.branches(maps())
+    assert (module(maps())[1] >= 0).all()
 
 
 @pytest.mark.parametrize(("mid", "reduction", "squeezed"), [(64, 16, 32), (66, 2, 33), (8, 16, 32)])
@@ -104,6 +135,7 @@ def test_legacy_module_in_processes_started_later_is_rejected(monkeypatch):
 ABLATIONS = {
     **{variant: {"variant": variant} for variant in VARIANTS},
     "cwd": {"feature_loss": "cwd"},
+    "logits": {"logits": True},
     "no feature maps": {"features": False},
     "no embeddings": {"embeddings": ()},
     "one embedding": {"embeddings": (2,)},
@@ -163,23 +195,31 @@ def test_a_synchronised_batch_norm_is_torchs_batch_norm_in_one_process(initialis
             dist.destroy_process_group()
 
 
+WEIGHTS, LEVELS = (0.1, 0.1, 0.5, 1.0), (0.25, 0.0, 1.0)
+
+
+def pairs():
+    return maps(OUT), [t.flip(0) for t in maps(OUT)]
+
+
 def test_hcl_loss():
-    student, teacher = maps(OUT), [t.flip(0) for t in maps(OUT)]
-    weights = (0.1, 0.1, 0.5, 1.0)
-    stages = [functional.hcl_loss([s], [t]) for s, t in zip(student, teacher, strict=True)]
+    student, teacher = pairs()
+    stages = [hcl(s, t) for s, t in zip(student, teacher, strict=True)]
     torch.testing.assert_close(HCLLoss()(student, teacher), sum(stages))
-    expected = sum(w * loss for w, loss in zip(weights, stages, strict=True))
-    torch.testing.assert_close(HCLLoss(weights)(student, teacher), expected)
-    assert "0.5" in repr(HCLLoss(weights))
+    expected = sum(w * hcl(s, t, LEVELS) for w, s, t in zip(WEIGHTS, student, teacher, strict=True))
+    loss = HCLLoss(WEIGHTS, LEVELS)
+    torch.testing.assert_close(loss(student, teacher), expected)
+    assert "0.5" in repr(loss) and "level_weights=(0.25, 0.0, 1.0)" in repr(loss)
+    with pytest.raises(ValueError, match="HCLLoss: expected level_weights to be 3 finite numbers >= 0"):
+        HCLLoss(level_weights=(1.0, -1.0, 0.0))
 
 
 def test_cwd_loss():
-    student, teacher = maps(OUT), [t.flip(0) for t in maps(OUT)]
-    weights = (0.1, 0.1, 0.5, 1.0)
-    stages = [functional.cwd_loss(s, t, 4.0) for s, t in zip(student, teacher, strict=True)]
+    student, teacher = pairs()
+    stages = [cwd(s, t, 4.0) for s, t in zip(student, teacher, strict=True)]
     torch.testing.assert_close(CWDLoss(4.0)(student, teacher), sum(stages))
-    expected = sum(w * loss for w, loss in zip(weights, stages, strict=True))
-    torch.testing.assert_close(CWDLoss(4.0, weights)(student, teacher), expected)
+    expected = sum(w * loss for w, loss in zip(WEIGHTS, stages, strict=True))
+    torch.testing.assert_close(CWDLoss(4.0, WEIGHTS)(student, teacher), expected)
     assert "temperature=4.0" in repr(CWDLoss(4.0))
     for call, message in (
         (lambda: CWDLoss(-1.0), "temperature to be positive"),
@@ -189,6 +229,28 @@ def test_cwd_loss():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("loss", (HCLLoss, CWDLoss))
+def test_student_maps_are_resized_only_where_that_is_asked_for(loss):
+    student, teacher = maps(OUT), maps(OUT, hw=(20, 30))
+    with pytest.raises(ValueError, match=r"stage 1: expected teacher to have shape .*; resize_student=True resizes"):
+        loss()(student, teacher)
+    resized = [
+        nn.functional.interpolate(s, t.shape[2:], mode="bilinear") for s, t in zip(student, teacher, strict=True)
+    ]
+    torch.testing.assert_close(loss(resize_student=True)(student, teacher), loss()(resized, teacher))
+
+
+def test_kd_loss():
+    student, teacher = (t[0] for t in pairs())
+    expected = (teacher / 4).softmax(1) * ((teacher / 4).log_softmax(1) - (student / 4).log_softmax(1))
+    torch.testing.assert_close(KDLoss(4.0)(student, teacher), 16 * expected.sum(1).mean())
+    assert "temperature=4.0" in repr(KDLoss(4.0))
+    with pytest.raises(ValueError, match="KDLoss: expected temperature to be positive"):
+        KDLoss(0.0)
+    with pytest.raises(ValueError, match="kd_kl_loss: expected teacher to have shape"):
+        KDLoss()(student, teacher[:, :3])
 
 
 def test_a_batch_norm_that_does_more_is_not_converted():

@@ -11,7 +11,18 @@ import torch
 from kernels_here import device_of
 from op_description import fixed_like
 
-from transkd_fast.functional import BatchNorm, csf, gl_mixer, hcl_loss, pea_loss
+from transkd_fast.functional import (
+    BatchNorm,
+    csf,
+    cwd_loss,
+    gl_mixer,
+    hcl_bn_loss,
+    hcl_loss,
+    kd_kl_loss,
+    pea_loss,
+    seg_ce_loss,
+    seg_predict,
+)
 
 BACKENDS = ("triton", "cuda")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -68,6 +79,52 @@ def hcl(backend, layout="nchw", device="cuda"):
     # Forward: cuda one kernel and the fill of its counters.
     launches = {"cuda": (2, 1), "triton": (3, 1)}[backend]
     return Call(leaves, lambda: hcl_loss(leaves, teachers, (0.1, 0.1, 0.5, 1), backend=backend), launches)
+
+
+def pyramid_maps(layout, device):
+    shapes = [(2, 16, 32, 64), (2, 24, 16, 32), (2, 40, 8, 16), (2, 64, 3, 8)]
+    students, teachers = (
+        [torch.randn(s, device=device, dtype=torch.bfloat16).contiguous(memory_format=LAYOUTS[layout]) for s in shapes]
+        for _ in range(2)
+    )
+    return [student.requires_grad_() for student in students], teachers
+
+
+def hcl_bn(backend, layout="nchw", device="cuda"):
+    """In training, with cumulative averages, without running statistics, and with those alone."""
+    us, teachers = pyramid_maps(layout, device)
+    leaves, changed, bns = list(us), [], []
+    for m, u in enumerate(us):
+        weight, bias, mean, var = torch.rand(4, u.shape[1], device=device) + 0.5
+        leaves += [weight.requires_grad_(), bias.requires_grad_()]
+        statistics = (mean, var, torch.tensor(3, device=device)) if m != 2 else (None, None, None)
+        changed += statistics if m < 2 else ()
+        bns.append(BatchNorm(weight, bias, *statistics, training=m != 3, momentum=None if m == 1 else 0.1))
+    function = lambda: hcl_bn_loss(us, teachers, bns, (0.1, 0.1, 0.5, 1), backend=backend)  # noqa: E731
+    # Forward: the maps' moments, their merge, the loss and its tables, the end.
+    return Call(leaves, function, (4, 2), changed)
+
+
+def cwd(backend, layout="nchw", device="cuda"):
+    students, teachers = pyramid_maps(layout, device)
+    return Call(students, lambda: cwd_loss(students, teachers, 4.0, (0.1, 0.1, 0.5, 1), backend=backend), (3, 1))
+
+
+def kd_kl(backend, layout="nchw", device="cuda"):
+    student, teacher = (
+        torch.randn(2, 19, 24, 33, device=device, dtype=torch.bfloat16).contiguous(memory_format=LAYOUTS[layout])
+        for _ in range(2)
+    )
+    return Call([student.requires_grad_()], lambda: kd_kl_loss(student, teacher, 4.0, backend=backend), (3, 1))
+
+
+def seg_ce(backend, layout="nchw", device="cuda"):
+    logits = torch.randn(2, 19, 24, 33, device=device, dtype=torch.bfloat16).contiguous(memory_format=LAYOUTS[layout])
+    # Of every kind: classes, ignored, out of range.
+    labels = torch.randint(22, (2, 96, 130), device=device)
+    labels = labels.where(labels != 20, 255).to(torch.uint8)
+    weight = torch.rand(19, device=device) + 0.5
+    return Call([logits.requires_grad_()], lambda: seg_ce_loss(logits, labels, weight, backend=backend), (3, 1))
 
 
 def csf_in_training(*arguments):
@@ -162,9 +219,12 @@ def gl_mixer_of_odd_tokens(*arguments):
 
 CALLS = {
     "csf": (csf_in_training, csf_with_cumulative_averages, csf_in_eval_mode),
+    "cwd": (cwd, kd_kl),
     "gl_mixer": (gl_mixer_of_stage_4, gl_mixer_of_odd_tokens),
     "hcl": (hcl,),
+    "hcl_bn": (hcl_bn,),
     "pea": (pea, pea_with_assistants),
+    "seg_ce": (seg_ce,),
 }
 
 
@@ -410,3 +470,99 @@ def check_first_and_last_sample(shape, backend):
         if true.dim() == 3 and true.shape[1] == 300:
             value, true = pick(value)[:, 1:], true[:, 1:]
         assert (value.cpu().double() - true).abs().max() < 2**-6 * true.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hcl_bn_beyond_two_to_the_31_elements(layout, backend):
+    skip_without_memory(1.2 * 3 * 2 * 10 * 8192 * 164 * 164)
+    check_folded_first_and_last_channel((10, 8192, 164, 164), layout, backend)
+
+
+def check_folded_first_and_last_channel(shape, layout, backend):
+    """Compares two channels' gradients with those of these channels alone: but for its mean, the loss is their sum."""
+    form = {"device": device_of(backend), "dtype": torch.bfloat16, "memory_format": LAYOUTS[layout]}
+    u, teacher = (torch.empty(shape, **form).normal_(mean=1) for _ in range(2))
+    parameters = torch.rand(4, shape[1], device=u.device) + 0.5
+    factor = 1e6
+
+    def run(pick, convert, channels, backend):
+        leaves = [convert(pick(t)).requires_grad_() for t in (u, *parameters[:2])]
+        running = [convert(pick(t)).clone() for t in parameters[2:]]
+        loss = hcl_bn_loss([leaves[0]], [convert(pick(teacher))], [BatchNorm(*leaves[1:], *running)], backend=backend)
+        return [*torch.autograd.grad(loss, leaves, torch.full_like(loss, factor * channels)), *running]
+
+    results = run(lambda t: t, lambda t: t.detach(), shape[1], backend)
+    for channel in (0, shape[1] - 1):
+
+        def pick(t, of=slice(channel, channel + 1)):
+            return t[:, of] if t.dim() == 4 else t[of]
+
+        truth = run(pick, lambda t: t.detach().cpu().double(), 1, "eager")
+        for value, true in zip(results, truth, strict=True):
+            tolerance = 2**-7 if true.dim() == 4 else 1e-4
+            assert (pick(value).cpu().double() - true).abs().max() < tolerance * true.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", ("cwd", "kd_kl"))
+def test_cwd_beyond_two_to_the_31_elements(loss, layout, backend):
+    skip_without_memory(1.2 * 3 * 2 * 10 * 8192 * 164 * 164)
+    check_last_corner((10, 8192, 164, 164), loss, layout, backend)
+
+
+def check_last_corner(shape, loss, layout, backend):
+    """Student and teacher differ in the last sample's last channel and row only, where alone there are gradients."""
+    student = torch.zeros(shape, dtype=torch.bfloat16, device=device_of(backend))
+    student = student.contiguous(memory_format=LAYOUTS[layout])
+    teacher = torch.zeros_like(student)
+    with torch.no_grad():
+        student[-1, -1, -1] = torch.randn(shape[3], device=student.device).bfloat16()
+    factor = 1e6
+
+    def run(s, t, samples, channels, pixels, backend):
+        s = s.detach().requires_grad_()
+        value = cwd_loss([s], [t], backend=backend) if loss == "cwd" else kd_kl_loss(s, t, backend=backend)
+        scale = samples * (channels if loss == "cwd" else pixels)
+        return torch.autograd.grad(value, s, torch.full_like(value, factor * scale))[0]
+
+    rows = slice(-1, None) if loss == "kd_kl" else slice(None)
+    channels = slice(-1, None) if loss == "cwd" else slice(None)
+    gradient = run(student, teacher, shape[0], shape[1], shape[2] * shape[3], backend)
+    part = student[-1:, channels, rows].cpu().double()
+    true = run(part, torch.zeros_like(part), 1, part.shape[1], part.shape[2] * part.shape[3], "eager")
+    assert (gradient[-1:, channels, rows].cpu().double() - true).abs().max() < 2**-7 * true.abs().max()
+    gradient[-1:, channels, rows] = 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_seg_ce_beyond_two_to_the_31_elements(layout, backend):
+    skip_without_memory(1.2 * (2 * 2 + 4) * 3 * 8192 * 300 * 300)
+    check_last_pixels((3, 8192, 300, 300), layout, backend)
+
+
+def check_last_pixels(shape, layout, backend):
+    """Only pixels of the last sample's last corner are labelled."""
+    device, (batch, classes, height, width) = device_of(backend), shape
+    logits = torch.zeros(shape, dtype=torch.bfloat16, device=device).contiguous(memory_format=LAYOUTS[layout])
+    labels = torch.full((batch, 2 * height, 2 * width), -1, dtype=torch.int32, device=device)
+    with torch.no_grad():
+        logits[-1, :, -4:, -4:] = torch.randn(classes, 4, 4, device=device).bfloat16()
+    labels[-1, -4:, -4:] = classes - 1
+
+    def run(logits, labels, backend):
+        logits = logits.detach().requires_grad_()
+        value = seg_ce_loss(logits, labels, ignore_index=-1, backend=backend)
+        return [value.detach(), torch.autograd.grad(value, logits, torch.full_like(value, 1e3))[0]]
+
+    value, gradient = run(logits, labels, backend)
+    true, slope = run(logits[-1:, :, -4:, -4:].cpu().double(), labels[-1:, -8:, -8:].cpu(), "eager")
+    assert value.item() == pytest.approx(true.item(), rel=1e-5)
+    assert (gradient[-1:, :, -4:, -4:].cpu().double() - slope).abs().max() < 2**-7 * slope.abs().max()
+    assert not gradient[:-1].any() and not gradient[-1, :, :-4].any()
+    found = seg_predict(logits, (2 * height, 2 * width), backend)
+    expected = seg_predict(logits[-1:, :, -4:, -4:].cpu().double(), (8, 8), "eager")
+    assert torch.equal(found[-1:, -4:, -4:].cpu(), expected[:, -4:, -4:]) and not found[:-1].any()

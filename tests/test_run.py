@@ -91,7 +91,8 @@ def test_metrics_file(uninterrupted):
     terms = {"teacher": ["loss", "ce"], "student": ["loss", "ce", "hcl", "pea"]}
     for name, epochs in (("teacher", 2), ("student", 3)):
         table = rows(uninterrupted / name)
-        assert list(table[0]) == common + [f"train/{term}" for term in (*terms[name], "grad_norm")] + scores
+        trained = (*terms[name], "grad_norm", "pixel_accuracy", "ignored")
+        assert list(table[0]) == common + [f"train/{term}" for term in trained] + scores
         assert [(int(row["epoch"]), int(row["step"])) for row in table] == [(e, 2 * e) for e in range(1, epochs + 1)]
         for row in table:
             total = sum(float(row[f"train/{term}"]) for term in terms[name][1:])
@@ -173,6 +174,8 @@ def test_a_student_alone(tmp_path):
         "train/loss",
         "train/ce",
         "train/grad_norm",
+        "train/pixel_accuracy",
+        "train/ignored",
     ]
     assert not (tmp_path / "run" / "teacher").exists()
     assert evaluate_run(tmp_path / "run", [], quiet)[0].miou == result.student.scores.miou

@@ -8,20 +8,17 @@ import math
 import pytest
 import tiny_run
 import torch
+import torch.nn.functional as F
 from tiny_run import pattern, quiet, rows, same, tiny_config
 from torch.optim.lr_scheduler import PolynomialLR
 
-from transkd_fast import models
-from transkd_fast.train import (
-    TrainingError,
-    build,
-    train,
-)
-from transkd_fast.train.build import DistillationTask
+from transkd_fast import functional, models
+from transkd_fast.train import ConfigError, TrainingError, build, train
 from transkd_fast.train.checkpoint import load_checkpoint
 from transkd_fast.train.config import FitConfig
 from transkd_fast.train.loop import Trainer, learning_rate
 from transkd_fast.train.memory import keep_freed_memory, peak_memory
+from transkd_fast.train.tasks import DistillationTask, LabelLoss, nearest_labels
 
 CPU = torch.device("cpu")
 
@@ -132,8 +129,9 @@ def test_every_epoch_has_its_own_order_and_augmentation(augment, tmp_path, monke
     assert len(set(first) & set(second)) == (8 if augment == "none" else 0)
 
 
-def test_the_teacher_is_left_as_it_is(tmp_path):
-    trainer = make_trainer(tiny_config(tmp_path, teacher__drop_path=0.5), tmp_path)
+@pytest.mark.parametrize("logits", ["false", "true"])
+def test_the_teacher_is_left_as_it_is_and_runs_its_decoder_only_where_logits_are_distilled(logits, tmp_path):
+    trainer = make_trainer(tiny_config(tmp_path, teacher__drop_path=0.5, distill__logits=logits), tmp_path)
     teacher, modes = trainer.task.teacher, []
     before = copy.deepcopy(teacher.state_dict())
     teacher.register_forward_hook(
@@ -142,7 +140,7 @@ def test_the_teacher_is_left_as_it_is(tmp_path):
         )
     )
     trainer.fit()
-    assert modes == [(False, False, True)] * 4
+    assert modes == [(False, False, logits == "false")] * 4
     assert same(dict(teacher.state_dict()), dict(before))
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not {id(p) for p in teacher.parameters()} & {
@@ -190,13 +188,14 @@ def test_precision(precision, tmp_path):
 def test_terms_are_weighted(tmp_path):
     images, labels = torch.rand(2, 3, 64, 64), torch.randint(10, (2, 64, 64))
     terms = []
-    for weights in ((1.0, 1.0), (0.5, 3.0)):
-        trainer = make_trainer(tiny_config(tmp_path, student__drop_path=0), tmp_path)
+    for weights in ((1.0, 1.0, None, 1.0), (0.5, 3.0, None, 2.0)):
+        trainer = make_trainer(tiny_config(tmp_path, student__drop_path=0, distill__logits="true"), tmp_path)
         task = DistillationTask(trainer.task.model, trainer.task.teacher, *weights)
         terms.append({name: value.item() for name, value in task.losses(images, labels).items()})
     plain, weighted = terms
-    assert list(plain) == ["ce", "hcl", "pea"]
-    assert weighted == pytest.approx({"ce": plain["ce"], "hcl": 0.5 * plain["hcl"], "pea": 3 * plain["pea"]})
+    assert list(plain) == ["ce", "hcl", "pea", "kd_kl"]
+    terms = {"ce": plain["ce"], "hcl": 0.5 * plain["hcl"], "pea": 3 * plain["pea"], "kd_kl": 2 * plain["kd_kl"]}
+    assert weighted == pytest.approx(terms)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -335,6 +334,85 @@ def test_best_checkpoint_is_that_of_the_best_miou(tmp_path, monkeypatch):
     result = trainer.fit()
     assert (load_checkpoint(result.best)["epoch"], load_checkpoint(result.last)["epoch"]) == (2, 4)
     assert (result.best_miou, result.scores.miou) == (0.3, 0.3)
+
+
+# Labels.
+
+
+@pytest.mark.parametrize("quarter", [False, True])
+def test_the_cross_entropy_is_at_the_labels_size_and_in_legacy_mode_at_the_logits(quarter):
+    logits = torch.randn(2, 10, 6, 9, requires_grad=True)
+    labels = torch.randint(10, (2, 22, 36)).where(torch.rand(2, 22, 36) > 0.1, 255)
+    weights = torch.rand(10)
+    loss = LabelLoss(weights, quarter)
+    value = loss(logits, labels)
+    if quarter:
+        at_size = F.interpolate(labels[:, None].double(), (6, 9), mode="nearest-exact")[:, 0].long()
+        scores = logits
+        assert torch.equal(nearest_labels(labels, (6, 9)), at_size)
+    else:
+        at_size, scores = labels, F.interpolate(logits, (22, 36), mode="bilinear")
+    expected = F.cross_entropy(scores, at_size, weights, ignore_index=255)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (value, expected)))
+    loss(logits, labels)
+    valid = at_size != 255
+    right = (scores.argmax(1) == at_size) & valid
+    assert loss.take_counts().tolist() == [2 * int(n) for n in (valid.sum(), right.sum(), (~valid).sum(), 0)]
+    assert loss.take_counts().tolist() == [0] * 4
+
+
+def test_pixel_accuracy_and_ignored_pixels_are_logged_with_the_losses(tmp_path, monkeypatch):
+    lines, seen = [], []
+    trainer = make_trainer(tiny_config(tmp_path, fit__epochs=2, student__drop_path=0, log_every=1), tmp_path)
+    trainer.log = lines.append
+    cross_entropy = trainer.task.cross_entropy
+
+    def watched(images, labels):
+        logits = trainer.task.deployed(images).logits
+        seen.append((F.interpolate(logits.detach(), labels.shape[1:], mode="bilinear").argmax(1), labels))
+        return {"ce": cross_entropy(logits, labels)}
+
+    monkeypatch.setattr(trainer.task, "losses", watched)
+    trainer.fit()
+    for epoch, row in enumerate(rows(tmp_path)):
+        predicted, labels = (torch.cat(t) for t in zip(*seen[2 * epoch : 2 * epoch + 2], strict=True))
+        counted = labels != 255
+        accuracy = (predicted == labels)[counted].double().mean().item()
+        assert float(row["train/pixel_accuracy"]) == pytest.approx(accuracy)
+        assert float(row["train/ignored"]) == pytest.approx(1 - counted.double().mean().item())
+        assert f"pixel_accuracy {accuracy:.4f}" in lines[epoch]
+
+
+@pytest.mark.parametrize("value", [10, 254])
+def test_a_label_out_of_range_stops_the_training_on_the_cpu_at_once(value, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_config(tmp_path), tmp_path)
+    losses = trainer.task.losses
+    monkeypatch.setattr(trainer.task, "losses", lambda images, labels: losses(images, labels.fill_(value)))
+    with pytest.raises(TrainingError, match=rf"seg_ce: expected labels in \[0, 10\) or ignore_index 255, got {value}"):
+        trainer.fit()
+
+
+def test_labels_out_of_range_that_only_the_counts_tell_stop_the_training_at_the_next_look(tmp_path, monkeypatch):
+    """As on a GPU, where the op does not look."""
+    trainer = make_trainer(tiny_config(tmp_path, log_every=2, data__train_length=8, fit__epochs=1), tmp_path)
+    calls, seg_ce = [], functional.seg_ce
+
+    def counted(*arguments):
+        loss, counts = seg_ce(*arguments)
+        calls.append(None)
+        return loss, counts + torch.tensor([0, 0, 0, 7 if len(calls) == 3 else 0])
+
+    monkeypatch.setattr(functional, "seg_ce", counted)
+    message = "student: expected labels from 0 to 9 or 255, got 7 pixels with others in epoch 1 within the last 2 steps"
+    with pytest.raises(TrainingError, match=f"{message} up to step 4; set data.check=true"):
+        trainer.fit()
+    assert len(calls) == 4
+
+
+def test_logits_of_different_numbers_are_not_distilled(tmp_path):
+    with pytest.raises(ConfigError, match=r"distill\.logits: .* equally many logits, got 12 and 10"):
+        make_trainer(tiny_config(tmp_path, distill__logits="true", student__num_classes=12), tmp_path)
 
 
 # The process.

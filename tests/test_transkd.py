@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from transkd_fast.models import StageOutputs, segformer_b0
 from transkd_fast.reference import legacy
+from transkd_fast.reference.hcl import hcl
 from transkd_fast.transkd import TransKD
 
 DTYPES = (torch.float64, torch.float32)
@@ -276,6 +277,64 @@ def test_losses_are_those_of_the_maps():
         torch.testing.assert_close(losses[name], expected, rtol=1e-5, atol=0)
 
 
+class Twice(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("mode", ("training", "frozen", "eval", "another class"))
+def test_hcl_is_that_of_the_maps_and_so_are_its_gradients_and_statistics(mode):
+    teacher, weights, levels = outputs(TEACHER, seed=1), (0.1, 0.2, 0.3, 0.4), (0.0, 0.25, 2.0)
+    model = small(feature_weights=weights, level_weights=levels, embeddings=()).train(mode != "eval")
+    if mode == "frozen":
+        model.skfs[1].conv2[1].eval()
+    if mode == "another class":
+        model.skfs[0].conv2[1] = Twice(TEACHER[3])
+    twin = copy.deepcopy(model)
+    pairs = zip(weights, twin.skfs(twin.student.outputs.features), teacher.features, strict=True)
+    expected = sum(weight * hcl(s, t, levels) for weight, s, t in pairs)
+    loss = model(IMAGES, teacher).losses["hcl"]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    leaves = [[*m.parameters(), *m.student.outputs.features] for m in (model, twin)]
+    gradients = [torch.autograd.grad(value, ls) for value, ls in zip((loss, expected), leaves, strict=True)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(list(model.buffers()), list(twin.buffers()), rtol=1e-5, atol=1e-6)
+
+
+def test_class_scores_are_distilled_where_that_is_asked_for():
+    given, teacher = outputs(STUDENT, requires_grad=True), outputs(TEACHER, seed=1)
+    only = {"features": False, "embeddings": (), "logits": True}
+    losses = small(Given(given), **only, logit_temperature=3.0)(IMAGES, teacher).losses
+    assert losses.keys() == {"kd_kl"}
+    log_s, log_t = ((logits / 3).log_softmax(1) for logits in (given.logits, teacher.logits))
+    torch.testing.assert_close(losses["kd_kl"], 9 * (log_t.exp() * (log_t - log_s)).sum(1).mean())
+    losses["kd_kl"].backward()
+    assert given.logits.grad.any()
+    for bad, message in (
+        (teacher._replace(logits=None), "logits from the teacher, which are distilled, got None; run it with"),
+        (teacher._replace(logits=teacher.logits[:, :4]), r"teacher's logits to have shape \[2, 5, 9, 13\]"),
+        (outputs(TEACHER, requires_grad=True), "frozen teacher, got logits that requires"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(Given(given), **only)(IMAGES, bad)
+    with pytest.raises(ValueError, match="logits from the student, which are distilled, got None"):
+        small(Given(given._replace(logits=None)), embeddings=(), logits=True)(IMAGES, teacher)
+
+
+@pytest.mark.parametrize("feature_loss", ("hcl", "cwd"))
+def test_maps_are_resized_to_the_teachers_where_that_is_asked_for(feature_loss):
+    teacher, options = outputs(TEACHER, hw=(65, 49)), {"feature_loss": feature_loss, "embeddings": ()}
+    with pytest.raises(ValueError, match=r"features\[0\] to fit the student's .*, or set resize_student=True"):
+        small(**options)(IMAGES, teacher)
+    model = small(**options, resize_student=True).eval()
+    resized = [
+        nn.functional.interpolate(s, t.shape[2:], mode="bilinear")
+        for s, t in zip(model(IMAGES).fused, teacher.features, strict=True)
+    ]
+    expected = small(**options).criterion(resized, teacher.features)
+    torch.testing.assert_close(model(IMAGES, teacher).losses[feature_loss], expected)
+
+
 @pytest.mark.parametrize("variant", ("base", "gl", "ea"))
 @pytest.mark.parametrize("stages", [(1, 2, 3, 4), (2, 4), (4,)])
 def test_the_embedding_loss_is_that_of_the_projections_and_so_are_its_gradients(variant, stages):
@@ -426,6 +485,8 @@ BAD_OPTIONS = {
     "assistants of nothing": ({"variant": "ea", "embeddings": ()}, "name a stage"),
     "heads": ({"variant": "gl", "num_heads": 5}, "num_heads to divide dim 16, got 5"),
     "temperature": ({"feature_loss": "cwd", "temperature": 0.0}, "temperature to be positive"),
+    "level weights": ({"level_weights": (0.5, 0.25)}, "level_weights to be 3 finite numbers"),
+    "logit temperature": ({"logits": True, "logit_temperature": -1.0}, "temperature to be positive"),
 }
 
 

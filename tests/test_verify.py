@@ -13,8 +13,8 @@ from tiny_run import pattern, quiet, tiny_config
 from transkd_fast import BackendError, backends, models
 from transkd_fast.models import WeightsError
 from transkd_fast.train import ConfigError, build, run, train, verify_config, verify_run
-from transkd_fast.train.build import DistillationTask
 from transkd_fast.train.checkpoint import load_checkpoint
+from transkd_fast.train.tasks import DistillationTask
 from transkd_fast.train.verify import Row, _difference, verify
 
 
@@ -37,6 +37,8 @@ def change_kernel(monkeypatch, name, change, calls=None):
         count.append(None)
         if calls is not None and len(count) not in calls:
             return result
+        if isinstance(result, torch.Tensor):
+            return change(result)
         return (change(result[0]), *result[1:]) if isinstance(result, tuple) else [change(each) for each in result]
 
     monkeypatch.setattr(torch.ops.transkd_fast, name, changed)
@@ -44,7 +46,7 @@ def change_kernel(monkeypatch, name, change, calls=None):
 
 
 # Calls per batch.
-RUNS = {"csf": 3, "hcl": 1, "pea": 1, "seg_ce": 1}
+RUNS = {"csf": 3, "hcl_bn": 1, "pea": 1, "seg_ce": 1}
 
 
 @pytest.mark.parametrize("variant", ["base", "gl", "ea"])
@@ -58,7 +60,7 @@ def test_right_kernels_agree(networks, precision, variant, tmp_path):
     expected = RUNS | ({"gl_mixer": 1} if variant == "gl" else {})
     fused = {op for op, states in backends.table().items() if states["cpu"] is None}
     assert report.runs == {(op, "cpu" if op in fused else "eager"): 2 * runs for op, runs in expected.items()}
-    assert {"csf", "gl_mixer", "hcl", "pea"} <= fused
+    assert set(expected) <= fused
     assert report.fused_runs == sum(2 * runs for op, runs in expected.items() if op in fused)
     for measured in (report.checked, report.eager):
         assert measured.images_per_second > 0 and measured.peak_bytes > 2**10
@@ -91,7 +93,7 @@ def test_no_compiled_extension_is_exit_2(tmp_path, monkeypatch):
 
 
 def test_a_gradient_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
-    calls = change_kernel(monkeypatch, "hcl_bwd", lambda gradient: 1.01 * gradient)
+    calls = change_kernel(monkeypatch, "hcl_bn_bwd", lambda gradient: 1.01 * gradient)
     report = report_of(tmp_path)
     assert len(calls) >= 1
     assert report.exit_code == 1 and report.verdict.startswith("DISAGREE")
@@ -137,13 +139,49 @@ def test_statistics_that_a_kernel_moves_too_far_are_found(argument, name, tmp_pa
     assert [row.name for row in report.disagreements] == [f"buffer/skfs.{stage}.{name}" for stage in (1, 2, 3)]
 
 
-def test_a_loss_that_is_off_by_a_hundredth_is_found(tmp_path, monkeypatch):
-    calls = change_kernel(monkeypatch, "hcl_fwd", lambda loss: 1.01 * loss)
-    report = report_of(tmp_path)
+# Per term the settings that make it take part, its op, and a gradient that comes from it alone.
+LOSSES = {
+    "ce": ({}, "seg_ce", "student.head.weight"),
+    "hcl": ({}, "hcl_bn", "skfs.2.conv2.1.weight"),
+    "cwd": ({"distill__feature_loss": "cwd", "distill__temperature": 2.0}, "cwd", "skfs.2.conv2.1.weight"),
+    # Far above the cross-entropy, so that the gradient is its own.
+    "kd_kl": ({"distill__logits": "true", "distill__logit_weight": 1e4}, "cwd", "student.head.weight"),
+}
+
+
+@pytest.mark.parametrize(("term", "settings", "op", "alone"), [(name, *rest) for name, rest in LOSSES.items()])
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_every_loss_that_is_off_by_a_hundredth_is_found(term, settings, op, alone, direction, tmp_path, monkeypatch):
+    calls = change_kernel(monkeypatch, f"{op}_{direction}", lambda right: 1.01 * right)
+    report = report_of(tmp_path, **settings)
     assert len(calls) >= 1
-    assert report.exit_code == 1
-    assert [row.name for row in report.disagreements] == ["loss/hcl"]
-    assert report.disagreements[0].difference == pytest.approx(0.01, rel=1e-2)
+    assert report.exit_code == 1 and f"loss/{term}" in [row.name for row in report.rows]
+    wrong = {row.name: row.difference for row in report.disagreements}
+    if direction == "fwd":
+        assert wrong == pytest.approx({f"loss/{term}": 0.01}, rel=1e-2)
+    else:
+        assert all(name.startswith("grad/") for name in wrong)
+        assert wrong[f"grad/{alone}"] == pytest.approx(0.01, rel=0.05)
+
+
+def test_moments_of_a_folded_batch_norm_that_are_off_by_a_hundredth_are_found(tmp_path, monkeypatch):
+    change_kernel(monkeypatch, "hcl_bn_reduce", lambda moments: 1.01 * moments)
+    report = report_of(tmp_path)
+    wrong = {row.name for row in report.disagreements}
+    assert report.exit_code == 1 and {f"buffer/skfs.{stage}.conv2.1.running_mean" for stage in range(4)} <= wrong
+
+
+@pytest.mark.parametrize(("argument", "name"), [(4, "running_mean"), (5, "num_batches_tracked")])
+def test_statistics_that_a_loss_moves_too_far_are_found(argument, name, tmp_path, monkeypatch):
+    kernel = torch.ops.transkd_fast.hcl_bn_fwd
+
+    def changed(*arguments):
+        result = kernel(*arguments)
+        arguments[argument][0].mul_(2)  # of the finest stage
+        return result
+
+    monkeypatch.setattr(torch.ops.transkd_fast, "hcl_bn_fwd", changed)
+    assert [row.name for row in report_of(tmp_path).disagreements] == [f"buffer/skfs.3.conv2.1.{name}"]
 
 
 # Per kernel the gradients that come from it alone, and are off by as much as it is.
@@ -185,8 +223,8 @@ def test_a_mixed_embedding_that_is_off_by_a_hundredth_is_found(tmp_path, monkeyp
     assert not any("embed3" in name or "skfs" in name for name in wrong)
 
 
-KERNELS = {"csf_fuse": 3, "csf_bwd_apply": 3, "hcl_fwd": 1, "hcl_bwd": 1}  # and how often a batch calls them
-KERNELS |= dict.fromkeys(("pea_fwd", "pea_bwd", "gl_mixer_fwd", "gl_mixer_bwd"), 1)
+KERNELS = {"csf_fuse": 3, "csf_bwd_apply": 3}  # and how often a batch calls them
+KERNELS |= {f"{op}_{direction}": 1 for op in ("hcl_bn", "pea", "gl_mixer", "seg_ce") for direction in ("fwd", "bwd")}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -206,7 +244,7 @@ def test_what_is_not_finite_in_one_batch_disagrees(name, calls, value, batch, tm
 
 
 def test_limits_are_those_of_the_configuration(tmp_path, monkeypatch):
-    change_kernel(monkeypatch, "hcl_fwd", lambda loss: 1.01 * loss)
+    change_kernel(monkeypatch, "hcl_bn_fwd", lambda loss: 1.01 * loss)
     assert report_of(tmp_path, verify__limit_fp32=0.02).exit_code == 0
     assert report_of(tmp_path, verify__limit_fp32=0.005).exit_code == 1
 
@@ -253,7 +291,7 @@ def test_stochastic_depth_of_a_real_network_is_off(tmp_path):
 
 
 def test_a_backend_without_a_kernel_is_refused_rather_than_replaced(tmp_path, monkeypatch):
-    monkeypatch.delitem(backends._registry["hcl"], "cpu")
+    monkeypatch.delitem(backends._registry["hcl_bn"], "cpu")
     with pytest.raises(BackendError, match="backend='cpu' cannot run: no kernel for this op yet"):
         report_of(tmp_path, backend="cpu")
 
@@ -286,13 +324,7 @@ def test_verification_of_a_run_without_whole_checkpoints(tmp_path):
 
 
 def test_a_term_of_weight_0_is_compared_all_the_same(tmp_path, monkeypatch):
-    kernel = torch.ops.transkd_fast.hcl_fwd
-
-    def wrong(*arguments):
-        loss, table = kernel(*arguments)
-        return 5 * loss, table
-
-    monkeypatch.setattr(torch.ops.transkd_fast, "hcl_fwd", wrong)
+    change_kernel(monkeypatch, "hcl_bn_fwd", lambda loss: 5 * loss)
     report = report_of(tmp_path, distill__feature_weight=0)
     assert [row.name for row in report.disagreements] == ["loss/hcl"]
 

@@ -8,7 +8,7 @@ from transkd_fast import functional
 from transkd_fast._extension import build_info
 from transkd_fast.backends import BackendError, count_runs, use_backend
 from transkd_fast.models.outputs import StageOutputs
-from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, SyncBatchNorm
+from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, KDLoss, SyncBatchNorm
 from transkd_fast.transkd import TransKD, TransKDOutput
 
 __version__ = _metadata.version("transkd_fast")
@@ -21,6 +21,7 @@ __all__ = [
     "EmbeddingAssistant",
     "GLMixer",
     "HCLLoss",
+    "KDLoss",
     "StageOutputs",
     "SyncBatchNorm",
     "TransKD",

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from transkd_fast import functional
 from transkd_fast.models.outputs import StageOutputs
-from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, PatchEmbedding
+from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, KDLoss, PatchEmbedding
 from transkd_fast.nn._parameters import weight_and_bias
 from transkd_fast.ops.pea import STAGE_WEIGHTS
+from transkd_fast.reference.hcl import LEVEL_WEIGHTS
 
 STAGES = 4
 VARIANTS = ("base", "gl", "ea")
@@ -24,7 +25,8 @@ class TransKDOutput(NamedTuple):
 
     Args:
         logits: The student's class scores, [B, K, H / 4, W / 4].
-        losses: With a teacher, the distillation losses by name, 0-d each: "hcl" or "cwd", and "pea". Else empty.
+        losses: With a teacher, the distillation losses by name, 0-d each: "hcl" or "cwd", "pea", and
+            "kd_kl" where logits are distilled. Else empty.
         fused: Without a teacher, CSF's maps, fine to coarse, [B, C'_m, H_m, W_m]; empty without features. Else None.
         projected: Without a teacher, the projected embeddings of the aligned stages, fine to coarse,
             [B, N_m, C'_m]. Else None.
@@ -46,6 +48,9 @@ class TransKD(nn.Module):
     `conv_weight` (GL-Mixer), `patch_embed{m}` and `fuse_weights` (embedding assistant). A single aligned stage's
     projection is `embed1_linearproject` whichever the stage, as published. Only what is used is built.
 
+    "hcl" takes CSF's outputs before their last batch norms, whose results are never stored; hooks of CSF itself and of
+    these batch norms do not run then (see `CSF.branches`).
+
     Args:
         student: Module that maps images [B, 3, H, W] to `StageOutputs`.
         student_channels: Its channels, four, fine to coarse.
@@ -61,6 +66,11 @@ class TransKD(nn.Module):
         num_heads: The mixer's attention heads; default 8.
         mixer_residual: Whether the mixer adds its input; default no.
         temperature: Temperature of "cwd"; default 1.
+        level_weights: Weights of the pooled levels of "hcl" (see `HCLLoss`); default 1/2, 1/4, 1/8.
+        resize_student: Whether CSF's maps are resized to the teacher's features, bilinearly, where their height and
+            width differ; default no: they are rejected.
+        logits: Whether class scores are distilled too, which needs the teacher's; default no.
+        logit_temperature: Temperature of their softmaxes; default 1.
 
     Raises:
         ValueError: If an option has no meaning, or legacy is used over several processes.
@@ -84,6 +94,10 @@ class TransKD(nn.Module):
         num_heads: int = 8,
         mixer_residual: bool = False,
         temperature: float = 1.0,
+        level_weights: Sequence[float] = LEVEL_WEIGHTS,
+        resize_student: bool = False,
+        logits: bool = False,
+        logit_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         _check_choice("variant", variant, VARIANTS)
@@ -114,14 +128,18 @@ class TransKD(nn.Module):
         self.embedding_weights = tuple(embedding_weights)
         self.feature_loss = feature_loss
         self.mixer_residual = mixer_residual
+        self.resize_student = resize_student
 
         self.student = student
         self.skfs: CSF | None = None
         if features:
             self.skfs = CSF(student_channels, teacher_channels, mid_channels, legacy=legacy)
-            self.criterion = (
-                HCLLoss(feature_weights) if feature_loss == "hcl" else CWDLoss(temperature, feature_weights)
+            self.criterion: HCLLoss | CWDLoss = (
+                HCLLoss(feature_weights, level_weights, resize_student)
+                if feature_loss == "hcl"
+                else CWDLoss(temperature, feature_weights, resize_student)
             )
+        self.logit_criterion = KDLoss(logit_temperature) if logits else None
         if self.embeddings:
             self._add_projections()
         if variant == "gl":
@@ -157,7 +175,7 @@ class TransKD(nn.Module):
 
         Args:
             images: RGB images in [0, 1], shape [B, 3, H, W].
-            teacher: The frozen teacher's outputs for the same images; its logits are not used.
+            teacher: The frozen teacher's outputs for the same images; its logits are used where logits are distilled.
 
         Returns:
             Logits, losses, fused maps and projected embeddings (see `TransKDOutput`).
@@ -177,10 +195,27 @@ class TransKD(nn.Module):
         self._check_teacher(outputs, teacher)
         losses = {}
         if self.skfs is not None:
-            losses[self.feature_loss] = self.criterion(self.skfs(outputs.features), teacher.features)
+            losses[self.feature_loss] = self._feature_loss(self.skfs, outputs.features, teacher.features)
         if self.embeddings:
             losses["pea"] = self._pea_loss(images, outputs, teacher)
+        if self.logit_criterion is not None:
+            losses["kd_kl"] = self.logit_criterion(outputs.logits, teacher.logits)
         return TransKDOutput(outputs.logits, losses, None, None)
+
+    def _feature_loss(self, csf: CSF, features: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        one_size = all(ours.shape[2:] == theirs.shape[2:] for ours, theirs in zip(features, teacher, strict=True))
+        if not isinstance(self.criterion, HCLLoss) or not one_size or not csf.foldable:
+            return self.criterion(csf(features), teacher)
+        us, bns, process_group, samples = csf.branches(features)
+        return functional.hcl_bn_loss(
+            us,
+            teacher,
+            bns,
+            self.criterion.stage_weights,
+            self.criterion.level_weights,
+            process_group=process_group,
+            samples=samples,
+        )
 
     def _projections(self) -> list[nn.Module]:
         return [self.get_submodule(self._projection_name(m)) for m in self.embeddings]
@@ -241,6 +276,16 @@ class TransKD(nn.Module):
         features = {"features": outputs.features} if self.skfs is not None or self.variant == "ea" else {}
         return features | ({"embeddings": outputs.embeddings} if self.embeddings else {})
 
+    def _scores(self, who: str, outputs: StageOutputs) -> list[Tensor]:
+        if self.logit_criterion is None:
+            return []
+        if outputs.logits is None:
+            raise ValueError(
+                f"TransKD: expected logits from the {who}, which are distilled, got None; run it with its decoder, or"
+                " use logits=False"
+            )
+        return [outputs.logits]
+
     def _check_stages(self, who: str, outputs: StageOutputs, channels: Sequence[int]) -> None:
         if not isinstance(outputs, StageOutputs):
             raise TypeError(f"TransKD: expected the {who} to give StageOutputs, got {type(outputs).__name__}")
@@ -269,29 +314,42 @@ class TransKD(nn.Module):
                 )
 
     def _check_teacher(self, student: StageOutputs, teacher: StageOutputs) -> None:
-        teachers = self._used(teacher)
-        for kind, students in self._used(student).items():
-            for m, (ours, theirs) in enumerate(zip(students, teachers[kind], strict=True)):
+        students = self._used(student) | {"logits": self._scores("student", student)}
+        teachers = self._used(teacher) | {"logits": self._scores("teacher", teacher)}
+        for kind, tensors in students.items():
+            for m, (ours, theirs) in enumerate(zip(tensors, teachers[kind], strict=True)):
+                name = kind if kind == "logits" else f"{kind}[{m}]"
                 if theirs.requires_grad:
                     raise ValueError(
-                        f"TransKD: expected a frozen teacher, got {kind}[{m}] that requires a gradient; run the"
+                        f"TransKD: expected a frozen teacher, got {name} that requires a gradient; run the"
                         " teacher in eval mode under torch.no_grad()"
                     )
                 if not torch.compiler.is_compiling() and torch.is_grad_enabled() and theirs.is_inference():
                     raise ValueError(
                         f"TransKD: expected teacher outputs that autograd can save, got the inference tensor"
-                        f" {kind}[{m}]; run the teacher under torch.no_grad() instead of torch.inference_mode()"
+                        f" {name}; run the teacher under torch.no_grad() instead of torch.inference_mode()"
                     )
-                free = 1 if kind == "features" else 2
-                if _without(ours.shape, free) != _without(theirs.shape, free):
-                    raise ValueError(
-                        f"TransKD: expected the teacher's {kind}[{m}] to fit the student's {list(ours.shape)} but for"
-                        f" the channels, got {list(theirs.shape)}; both must see the same images at the same size"
-                    )
+                self._check_shapes(kind, name, ours, theirs)
+
+    def _check_shapes(self, kind: str, name: str, ours: Tensor, theirs: Tensor) -> None:
+        if kind == "logits":
+            if theirs.shape != ours.shape:
+                raise ValueError(
+                    f"TransKD: expected the teacher's logits to have shape {list(ours.shape)} like the student's, got"
+                    f" {list(theirs.shape)}; both must know the same classes"
+                )
+            return
+        free = {"features": (1, 2, 3) if self.resize_student else (1,), "embeddings": (2,)}[kind]
+        if _without(ours.shape, free) != _without(theirs.shape, free):
+            advice = "" if kind == "embeddings" else ", or set resize_student=True"
+            raise ValueError(
+                f"TransKD: expected the teacher's {name} to fit the student's {list(ours.shape)} but for"
+                f" the channels, got {list(theirs.shape)}; both must see the same images at the same size{advice}"
+            )
 
 
-def _without(shape: torch.Size, axis: int) -> list[int]:
-    return [size for i, size in enumerate(shape) if i != axis]
+def _without(shape: torch.Size, axes: Sequence[int]) -> list[int]:
+    return [size for i, size in enumerate(shape) if i not in axes]
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

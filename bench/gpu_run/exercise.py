@@ -84,6 +84,73 @@ def hcl() -> Iterator[Call]:
             )
 
 
+def hcl_bn() -> Iterator[Call]:
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            yield hcl_bn_call(dtype, layout)
+
+
+def hcl_bn_call(dtype: torch.dtype, layout: torch.memory_format) -> Call:
+    """In training, with batch statistics alone, and in evaluation."""
+    stages = len(MAPS)
+
+    def function(inputs: Sequence[Tensor], backend: str) -> Tensor:
+        us, weights, biases, teachers = (inputs[k * stages : (k + 1) * stages] for k in range(4))
+        mean, var, frozen_mean, frozen_var, count = inputs[4 * stages :][-5:]
+        bns = [
+            BatchNorm(weights[0], biases[0], mean, var, count),
+            BatchNorm(weights[1], biases[1], None, None),
+            BatchNorm(weights[2], biases[2], frozen_mean, frozen_var, training=False),
+        ]
+        return functional.hcl_bn_loss(us, teachers, bns, backend=backend)
+
+    inputs = [torch.randn(shape).to(dtype, memory_format=layout) for shape in MAPS]
+    inputs += [first + torch.randn(shape[1]) / 8 for first in (1, 0) for shape in MAPS]
+    teachers = [torch.randn(shape).to(dtype, memory_format=layout) for shape in MAPS]
+    statistics = [torch.randn(shape[1]) if k == 0 else 1 + torch.rand(shape[1]) for shape in MAPS[::2] for k in (0, 1)]
+    return Call([*inputs, *teachers, *statistics, torch.tensor(3)], 3 * stages, function, TOLERANCE[dtype], changed=5)
+
+
+def cwd() -> Iterator[Call]:
+    """Over pixels and over classes."""
+    count = len(MAPS)
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            maps = [torch.randn(shape).to(dtype, memory_format=layout) for shape in MAPS * 2]
+            yield Call(
+                maps,
+                count,
+                lambda m, backend: functional.cwd_loss(m[:count], m[count:], 2.0, backend=backend),
+                TOLERANCE[dtype],
+            )
+            yield Call(
+                maps[::count],
+                1,
+                lambda m, backend: functional.kd_kl_loss(m[0], m[1], 2.0, backend=backend),
+                TOLERANCE[dtype],
+            )
+
+
+# Size of the logits and of the labels: larger by a whole number and not, smaller, equal.
+SCALES = (((2, 19, 6, 8), (24, 32)), ((1, 5, 5, 7), (13, 9)), ((2, 2, 9, 6), (4, 3)), ((1, 20, 4, 4), (4, 4)))
+
+
+def seg_ce() -> Iterator[Call]:
+    def function(inputs: Sequence[Tensor], backend: str) -> Tensor:
+        logits, labels, weight = inputs
+        functional.seg_predict(logits.detach(), (labels.shape[1], labels.shape[2]), backend)
+        return functional.seg_ce_loss(logits, labels, weight, backend=backend)
+
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            chosen = SCALES if (dtype, layout) in zip(DTYPES, LAYOUTS, strict=False) else SCALES[:1]
+            for shape, size in chosen:
+                logits = torch.randn(shape).to(dtype, memory_format=layout)
+                labels = torch.randint(shape[1] + 1, (shape[0], *size))
+                labels = labels.where(labels < shape[1], 255)
+                yield Call([logits, labels, 0.5 + torch.rand(shape[1])], 1, function, TOLERANCE[dtype])
+
+
 # Fine and coarse map, the squeeze's channels, and whether in training: twice the size with 16-byte loads, any ratio
 # without them, a single sample (the squeeze then takes its running statistics), and a coarse map that is the finer one.
 FUSIONS = (
@@ -179,7 +246,15 @@ def gl_mixer() -> Iterator[Call]:
             yield Call([*inputs, torch.ones(1), torch.ones(1)], 8, function, PRODUCT_TOLERANCE[dtype])
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {"csf": csf, "gl_mixer": gl_mixer, "hcl": hcl, "pea": pea}
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {
+    "csf": csf,
+    "cwd": cwd,
+    "gl_mixer": gl_mixer,
+    "hcl": hcl,
+    "hcl_bn": hcl_bn,
+    "pea": pea,
+    "seg_ce": seg_ce,
+}
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -34,9 +34,13 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Per op the case that a short bench measures.
 SHORT_BENCH = {
     "csf": "stage_1-batch_8",
+    "cwd": "stages_1-4-batch_8",
     "gl_mixer": "stage_4-batch_8",
     "hcl": "stages_1-4-batch_8",
+    "hcl_bn": "stages_1-4-batch_8",
+    "head": "base-batch_8",
     "pea": "stages_1-4-batch_8",
+    "seg_ce": "19_classes-batch_8",
 }
 FRAMES = place.CARRY / "camvid"
 DISTILLED = Path(".gpu", "runs", "distil")

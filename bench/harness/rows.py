@@ -19,6 +19,7 @@ KERNELS = ("cpu", "triton", "cuda")
 
 OP_SOURCES = ("transkd_fast/ops/{op}.py", "transkd_fast/ops/_*.py")
 CPU_SOURCES = ("csrc/cpu/convert.cpp", "csrc/cpu/gemm.cpp")  # of what csrc/cpu/common declares
+KERNEL_SOURCES = ("kernels/_common.py", "kernels/_batch_norm.py")
 COMPILED_SOURCES = ("csrc/common/*", "setup.py")  # setup.py has the compilers' flags
 
 # Glob patterns of the files whose contents a backend's times depend on.
@@ -27,22 +28,33 @@ SOURCES = {
     "compiled": ["transkd_fast/reference/{op}.py", "transkd_fast/reference/_common.py"],
     "copy": ["bench/harness/cases.py"],
     "cpu": [*OP_SOURCES, "csrc/cpu/{op}*", "csrc/cpu/common/*", *CPU_SOURCES, *COMPILED_SOURCES],
-    "triton": [*OP_SOURCES, "kernels/{op}.py", "kernels/_common.py", "kernels/_{op}_*.py"],
+    "triton": [*OP_SOURCES, "kernels/{op}.py", *KERNEL_SOURCES, "kernels/_{op}_*.py"],
     "cuda": [*OP_SOURCES, "csrc/cuda/{op}*", "csrc/cuda/common/*", *COMPILED_SOURCES],
 }
 PUBLISHED = {
     "csf": "bench/bench_csf.py",
     "gl_mixer": "bench/bench_gl_mixer.py",
+    "cwd": "transkd_fast/reference/legacy.py",
     "hcl": "transkd_fast/reference/legacy.py",
+    "hcl_bn": "bench/bench_hcl_bn.py",
     "pea": "bench/bench_pea.py",
 }
+# What a bench writes itself, where the reference does more than is compared with.
+PLAIN = {"seg_ce": "bench/bench_seg_ce.py"}
+BASES = {"hcl_bn": "hcl"}  # ops that another one's files are made of
 MODULES = {"gl_mixer": "transkd_fast/nn/gl_mixer.py"}  # that a bench measures beside the op alone
 STEP_SOURCES = [
     "bench/bench_step.py",
     "bench/harness/precision.py",
     "transkd_fast/transkd.py",
     *(f"transkd_fast/{folder}/*.py" for folder in ("models", "nn", "ops", "reference")),
-    "transkd_fast/train/build.py",
+    "transkd_fast/train/tasks.py",
+]
+HEAD_SOURCES = [
+    "bench/bench_head.py",
+    "bench/harness/precision.py",
+    "transkd_fast/transkd.py",
+    *(f"transkd_fast/{folder}/*.py" for folder in ("nn", "ops", "reference")),
 ]
 STEP_KERNELS = {
     "cpu": ["csrc/cpu/**/*", *COMPILED_SOURCES],
@@ -157,10 +169,15 @@ def sources_of(op: str, backend: str, device_type: str) -> list[str]:
     """Glob patterns, relative to the repository, of the files that a row depends on."""
     if op.startswith("step "):
         return [*STEP_SOURCES, *STEP_KERNELS[device_type]]
+    if op == "head":
+        return [*HEAD_SOURCES, *(STEP_KERNELS[device_type] if backend in KERNELS else [])]
     if backend.startswith("published"):
         return [PUBLISHED[op]]
+    if op in PLAIN and backend in ("eager", "compiled"):
+        return [PLAIN[op]]
     module = [MODULES[op]] if op in MODULES and backend != "copy" else []
-    return [pattern.format(op=op) for pattern in SOURCES[backend]] + module
+    patterns = [pattern.format(op=name) for name in (op, BASES.get(op, op)) for pattern in SOURCES[backend]]
+    return list(dict.fromkeys(patterns)) + module
 
 
 def digest(patterns: Iterable[str], root: Path = ROOT) -> str:

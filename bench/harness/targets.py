@@ -36,12 +36,16 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Measure:
-    """How a number is read off a row and written; `timed` ones need more than one cold round."""
+    """How a number is read off a row and written.
+
+    `timed` ones need more than one cold round, `compared` ones another row of the comparison.
+    """
 
     words: str
     format: str
     value: Callable[[Row, Row | None], float | None]
     timed: bool = False
+    compared: bool = False
 
 
 def speedup(row: Row, other: Row | None, mode: str) -> float | None:
@@ -54,6 +58,12 @@ def _speedup_by(row: Row, other: Row | None, name: str) -> float | None:
     """The same by a time that is no direction's."""
     mine, theirs = (getattr(r, name) if r is not None else None for r in (row, other))
     return theirs / mine if mine and theirs else None
+
+
+def _peak_share(row: Row, other: Row | None) -> float | None:
+    """Peak memory beyond the inputs as a share of another row's."""
+    theirs = other.peak_bytes if other is not None else None
+    return row.peak_bytes / theirs if row.peak_bytes is not None and theirs else None
 
 
 def _figure(row: Row, other: Row | None, mode: str, name: str) -> float | None:
@@ -72,14 +82,15 @@ MEASURES = {
     "saved_new_maps": Measure("maps of the student's size saved beyond the inputs", "{:.3g}", _saved_new_maps),
     "saved_new_bytes": Measure("bytes saved beyond the inputs", "{:.0f}", lambda row, other: row.saved_new_bytes),
     "saved_beyond_gradients": Measure("bytes saved beyond inputs and gradients", "{:.0f}", _saved_beyond_gradients),
-    "speedup_wall": Measure("the whole call by the clock", "{:.1f}x", partial(_speedup_by, name="wall_ms"), True),
-    "speedup_graph": Measure("the call as a CUDA graph", "{:.1f}x", partial(_speedup_by, name="graph_ms"), True),
+    "speedup_wall": Measure("the whole call by the clock", "{:.1f}x", partial(_speedup_by, name="wall_ms"), True, True),
+    "speedup_graph": Measure("the call as a CUDA graph", "{:.1f}x", partial(_speedup_by, name="graph_ms"), True, True),
+    "peak_share": Measure("peak memory beyond the inputs", "{:.3f}x", _peak_share, compared=True),
     "kept_no_grad_bytes": Measure("bytes kept under `no_grad`", "{:.0f}", lambda row, other: row.kept_no_grad_bytes),
 }
 for _mode in MODES:
     _words = DIRECTIONS[_mode]
     MEASURES |= {
-        f"speedup_{_mode}": Measure(_words, "{:.1f}x", partial(speedup, mode=_mode), True),
+        f"speedup_{_mode}": Measure(_words, "{:.1f}x", partial(speedup, mode=_mode), True, True),
         f"copy_share_{_mode}": Measure(
             f"share of a copy's bytes/s, {_words}", "{:.0%}", partial(_figure, mode=_mode, name="copy_share"), True
         ),
@@ -106,7 +117,7 @@ class Target:
         source: where the bound comes from.
         at_least: lower bound, or None.
         at_most: upper bound, or None.
-        against: for speed-ups, what the time is compared with: "eager", "compiled", "published",
+        against: for speed-ups and shares of memory, what is compared with: "eager", "compiled", "published",
             "published compiled" or "copy".
         malloc: "default" for rows that were measured with malloc as it is by default, else "".
     """
@@ -212,8 +223,9 @@ def _target(entry: dict[str, Any], name: str) -> Target:
         raise ValueError(
             f"{name}: expected one of at_least and at_most, got {'both' if 'at_least' in entry else 'none'}"
         )
-    if entry["measure"].startswith("speedup_") != ("against" in entry):
-        raise ValueError(f"{name}: against: expected with the speedup measures and only with them")
+    if MEASURES[entry["measure"]].compared != ("against" in entry):
+        compared = ", ".join(measure for measure in MEASURES if MEASURES[measure].compared)
+        raise ValueError(f"{name}: against: expected with {compared} and only with them")
     return Target(**entry)
 
 
@@ -246,7 +258,7 @@ def _judge_single(target: Target, rows: Sequence[Row], why_not: Callable[[Target
     value = measure.value(row, other)
     if value is None:
         lacking = target.against and (other is None or measure.value(other, other) is None)
-        reason = f"{target.against} has no time" if lacking else f"{target.measure} could not be measured"
+        reason = f"{target.against} was not measured" if lacking else f"{target.measure} could not be measured"
         return Verdict(target, NOT_RUN, reason=reason, row=row)
     return Verdict(target, PASS if target.holds(value) else MISS, value, row=row)
 

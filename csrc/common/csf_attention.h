@@ -9,51 +9,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/half.h"
+#include "common/batch_norm.h"
 #include "common/host_device.h"
-#include "common/storage_type.h"
 
 namespace transkd {
 namespace csf {
-
-enum class Norm : int64_t { kNone, kRunning, kBatch, kTracked };  // kTracked: kBatch that updates running statistics
-
-TRANSKD_INLINE bool of_batch(Norm norm) { return norm == Norm::kBatch || norm == Norm::kTracked; }
-
-// A small tensor of any floating dtype, or none.
-struct Values {
-  void* data = nullptr;
-  StorageType type = StorageType::kFloat;
-
-  TRANSKD_INLINE bool given() const { return data != nullptr; }
-
-  TRANSKD_INLINE double operator[](int64_t i) const {
-    if (type == StorageType::kFloat) return static_cast<const float*>(data)[i];
-    if (type == StorageType::kDouble) return static_cast<const double*>(data)[i];
-    if (type == StorageType::kBFloat16) return load(static_cast<const BFloat16*>(data)[i]);
-    return load(static_cast<const Half*>(data)[i]);
-  }
-
-  TRANSKD_INLINE double get(int64_t i, double otherwise) const { return given() ? (*this)[i] : otherwise; }
-
-  // Nothing where there is no tensor.
-  TRANSKD_INLINE void set(int64_t i, double value) const {
-    if (!given()) return;
-    if (type == StorageType::kFloat) static_cast<float*>(data)[i] = static_cast<float>(value);
-    if (type == StorageType::kDouble) static_cast<double*>(data)[i] = value;
-    if (type == StorageType::kBFloat16) store(static_cast<BFloat16*>(data) + i, static_cast<float>(value));
-    if (type == StorageType::kHalf) store(static_cast<Half*>(data) + i, static_cast<float>(value));
-  }
-};
-
-struct BatchNorm {
-  Norm norm;
-  Values weight, bias, running_mean, running_var;
-  int64_t* batches = nullptr;  // num_batches_tracked
-  double eps;
-  double momentum;
-  bool cumulative;  // the average over all batches instead of momentum
-};
 
 // The parameters' gradients have the same form.
 struct Layers {
@@ -135,23 +95,6 @@ TRANSKD_INLINE bool is_minus_infinity(double x) { return x < 0 && x - x != 0; }
 
 // Passes NaN, as torch's ReLU does.
 TRANSKD_INLINE double relu(double x) { return x <= 0 ? 0 : x; }
-
-// The weight of new statistics in the running ones.
-TRANSKD_INLINE double share_of_new(const BatchNorm& bn) {
-  return bn.cumulative ? 1 / static_cast<double>(*bn.batches + 1) : bn.momentum;
-}
-
-// Moves the running statistics of one channel; variance is the biased one over `count` values.
-TRANSKD_INLINE void track(const BatchNorm& bn, int64_t channel, double mean, double variance, double count) {
-  if (bn.norm != Norm::kTracked) return;
-  const double share = share_of_new(bn);
-  const auto move = [&](const Values& running, double value) {
-    const double old = running[channel];
-    running.set(channel, old + share * (value - old));
-  };
-  move(bn.running_mean, mean);
-  move(bn.running_var, variance * (count / (count - 1)));
-}
 
 // Sums over the parts [first, last) of a plane that csf_reduce cut, additive over ranges of parts.
 struct Moments {

@@ -6,13 +6,12 @@
 #include <optional>
 #include <vector>
 
-#include "common/contract.h"
+#include "common/batch_norm_contract.h"
 #include "common/csf_attention.h"
 
 namespace transkd {
 namespace csf {
 
-using OptionalTensor = std::optional<Tensor>;
 using Parameters = std::vector<OptionalTensor>;
 
 // The places in `parameters`.
@@ -68,18 +67,9 @@ inline void check_sums(const Tensor& sums, const Tensor& z, int64_t first) {
                   " on, for a batch of ", z.size(0), ", got sums of ", sums.size(0));
 }
 
-// A small tensor; `count` elements, or none where it may be absent.
 inline Values values_of(const char* name, const OptionalTensor& tensor, int64_t count, const Tensor& z,
                         bool required = false) {
-  if (!tensor) {
-    STD_TORCH_CHECK(!required, "csf: expected ", name, ", got None");
-    return {};
-  }
-  STD_TORCH_CHECK(tensor->numel() == count && tensor->is_contiguous() && tensor->device() == z.device(),
-                  "csf: expected ", name, " contiguous, with ", count, " elements and on z's device, got ",
-                  shape_of(*tensor));
-  // Which of them are written is declared by the schema.
-  return {const_cast<void*>(tensor->const_data_ptr()), storage_type_of("csf", *tensor)};
+  return small_values_of("csf", name, tensor, count, z, required);
 }
 
 inline Sizes sizes_of(const Tensor& z, int64_t samples, int64_t first, const Parameters& parameters) {
@@ -99,11 +89,7 @@ inline Layers layers_of(const Parameters& parameters, const Sizes& sizes, const 
            values_of("head 1's bias", parameters[kHead1Bias], sizes.channels, z, true)}};
 }
 
-inline Norm norm_of(int64_t norm, bool may_be_none) {
-  STD_TORCH_CHECK(norm >= (may_be_none ? 0 : 1) && norm <= 3, "csf: expected a kind of normalisation of ",
-                  may_be_none ? 0 : 1, " to 3, got ", norm);
-  return static_cast<Norm>(norm);
-}
+inline Norm norm_of(int64_t norm, bool may_be_none) { return checked_norm("csf", norm, may_be_none); }
 
 // A batch norm's affine parameters and its kind, which is all that the backward needs.
 inline BatchNorm batch_norm_of(const char* name, Norm norm, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -121,12 +107,7 @@ inline void add_statistics(const char* name, BatchNorm& bn, const OptionalTensor
   const bool needed = bn.norm == Norm::kRunning || bn.norm == Norm::kTracked;
   bn.running_mean = values_of(name, running_mean, channels, z, needed);
   bn.running_var = values_of(name, running_var, channels, z, needed);
-  if (batches) {
-    STD_TORCH_CHECK(
-        batches->numel() == 1 && batches->scalar_type() == ScalarType::Long && batches->device() == z.device(),
-        "csf: expected ", name, "'s counter as one int64 on z's device, got ", shape_of(*batches));
-    bn.batches = static_cast<int64_t*>(batches->mutable_data_ptr());
-  }
+  if (batches) bn.batches = counter_of("csf", name, *batches, z);
   bn.cumulative = !momentum;
   bn.momentum = momentum.value_or(0);
   bn.eps = eps;

@@ -8,6 +8,7 @@ namespace transkd {
 
 constexpr int kLevels = 3;
 constexpr int64_t kLevelSize[kLevels] = {4, 2, 1};
+constexpr double kPublishedWeights[kLevels] = {0.5, 0.25, 0.125};
 // Window borders of l = 4 and 2: floor and ceil of n/4, n/2, 3n/4, and the two ends.
 constexpr int kMaxSegments = 7;
 constexpr int kMaxCells = kMaxSegments * kMaxSegments;
@@ -32,14 +33,14 @@ struct Pyramid {
   double weight[kLevels] = {};  // already divided by the sum of all weights
   double pixel_weight = 0;      // likewise; the weight of the full-resolution term
 
-  Pyramid(int64_t height, int64_t width) {
-    double total = 1, next = 0.5;
+  // level_weights: kLevels of them, the n-th for the n-th level that is used.
+  Pyramid(int64_t height, int64_t width, const double* level_weights = kPublishedWeights) {
+    double total = 1;
     for (int k = 0; k < kLevels; ++k) {
       used[k] = kLevelSize[k] < std::min(height, width);
       if (!used[k]) continue;
-      weight[k] = next;
-      total += next;
-      next /= 2;  // the weight halves only for levels that are used
+      weight[k] = *level_weights++;
+      total += weight[k];
     }
     pixel_weight = 1 / total;
     for (double& w : weight) w /= total;

@@ -10,56 +10,25 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "common/hcl_contract.h"
-#include "common/hcl_pyramid.h"
 #include "cpu/common/tensor.h"
 #include "cpu/hcl_loops.h"
+#include "cpu/hcl_stage.h"
 
 namespace transkd {
 namespace {
 
-constexpr int64_t kBuffer = 4096;    // elements taken at a time
-constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
-
-// One stage of a call that check_hcl has passed.
-struct Stage {
-  const Tensor& student;
-  const Tensor& teacher;
-  double weight;
-  int64_t batch, channels, height, width;
-  Layout layout;
-  Pyramid pyramid;
-
-  Stage(const Tensor& s, const Tensor& t, double w)
-      : student(s),
-        teacher(t),
-        weight(w),
-        batch(s.size(0)),
-        channels(s.size(1)),
-        height(s.size(2)),
-        width(s.size(3)),
-        layout(layout_of(s)),
-        pyramid(height, width) {}
-
-  int64_t planes() const { return batch * channels; }
-  int64_t plane() const { return height * width; }
-  int64_t cells() const { return pyramid.cells(); }
-  // dL/dstudent = alpha d + ...
-  double alpha() const {
-    return 2 * weight * pyramid.pixel_weight / (static_cast<double>(planes()) * static_cast<double>(plane()));
-  }
-};
-
 std::vector<Stage> stages_of(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
-                             const std::vector<double>& weights) {
-  check_hcl(students, teachers, weights);
+                             const std::vector<double>& weights, const std::vector<double>& level_weights) {
+  check_hcl(students, teachers, weights, level_weights);
   std::vector<Stage> stages;
   stages.reserve(students.size());
-  for (size_t m = 0; m < students.size(); ++m) stages.emplace_back(students[m], teachers[m], weights[m]);
+  for (size_t m = 0; m < students.size(); ++m) {
+    stages.emplace_back(students[m], teachers[m], weights[m], level_weights.data());
+  }
   return stages;
 }
 
@@ -158,42 +127,7 @@ double add_channels_last(const Stage& stage, T* table) {
   return squares;
 }
 
-// table [B, cells, C]: sums of d in, gradient of the pooled terms out. Returns the loss's pooled terms.
-template <class T>
-double pool(const Stage& stage, T* table) {
-  T level_weight[kLevels];
-  for (int k = 0; k < kLevels; ++k) {
-    const double windows = static_cast<double>(stage.planes()) * static_cast<double>(kLevelSize[k] * kLevelSize[k]);
-    level_weight[k] = static_cast<T>(stage.weight * stage.pyramid.weight[k] / windows);
-  }
-  constexpr int kLanes = Vector<T>::kSize;
-  const int64_t vectors = (stage.channels + kLanes - 1) / kLanes;
-  std::vector<double> losses(stage.batch * vectors);
-  const int64_t grain = std::max<int64_t>(1, kGrain / (4 * kLanes * stage.cells()));  // a cell is in several windows
-  torch::stable::parallel_for(0, stage.batch * vectors, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % vectors * kLanes;
-      losses[i] =
-          pool_channels(stage.pyramid, level_weight, table + i / vectors * stage.cells() * stage.channels + first,
-                        stage.channels, static_cast<int>(std::min<int64_t>(kLanes, stage.channels - first)));
-    }
-  });
-  double loss = 0;
-  for (const double part : losses) loss += part;
-  return loss;
-}
-
 // ---- Backward.
-
-// Whether a gradient goes past the cache: one of this size would only push out what comes next, and a usual store reads
-// it from memory first.
-template <class T>
-bool streams(const Stage& stage, const Tensor& gradient, const Writer<T>& out, int64_t run) {
-  constexpr int64_t kStreamBytes = 8 << 20;
-  const int64_t bytes = stage.planes() * stage.plane() * static_cast<int64_t>(sizeof(T));
-  const bool aligned = reinterpret_cast<uintptr_t>(gradient.const_data_ptr()) % 16 == 0 && run * sizeof(T) % 16 == 0;
-  return bytes >= kStreamBytes && aligned && !out.buffered();
-}
 
 // Memory is walked from its end: what the forward read last may still be in the cache.
 
@@ -203,9 +137,7 @@ void backward_contiguous(T upstream, const Stage& stage, const T* table, const T
   const Writer<T> out(gradient);
   const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
   const T alpha = static_cast<T>(upstream * stage.alpha());
-  int64_t run = columns.size;  // what every border of rows and segments is a multiple of
-  for (int j = 1; j < columns.segments; ++j) run = std::gcd(run, columns.edge[j]);
-  const bool stream = streams(stage, gradient, out, run);
+  const bool stream = streams(stage, gradient, out, divisor(columns));
   const int64_t rows_at_once = std::max<int64_t>(1, kBuffer / columns.size);
   torch::stable::parallel_for(
       0, stage.planes(), std::max<int64_t>(1, kGrain / stage.plane()), [&](int64_t begin, int64_t end) {
@@ -281,8 +213,8 @@ Tensor forward(const std::vector<Stage>& stages, ScalarType type, std::vector<Te
 }
 
 std::tuple<Tensor, std::vector<Tensor>> hcl_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers,
-                                                std::vector<double> weights) {
-  const std::vector<Stage> stages = stages_of(students, teachers, weights);
+                                                std::vector<double> weights, std::vector<double> level_weights) {
+  const std::vector<Stage> stages = stages_of(students, teachers, weights, level_weights);
   std::vector<Tensor> tables;
   Tensor loss = is_double(students[0]) ? forward<double>(stages, ScalarType::Double, tables)
                                        : forward<float>(stages, ScalarType::Float, tables);
@@ -304,8 +236,9 @@ void backward(const Tensor& grad, const std::vector<Stage>& stages, const std::v
 }
 
 std::vector<Tensor> hcl_bwd(Tensor grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
-                            std::vector<Tensor> tables, std::vector<double> weights) {
-  const std::vector<Stage> stages = stages_of(students, teachers, weights);
+                            std::vector<Tensor> tables, std::vector<double> weights,
+                            std::vector<double> level_weights) {
+  const std::vector<Stage> stages = stages_of(students, teachers, weights, level_weights);
   check_hcl_backward(grad, students, tables, [&](size_t m) { return stages[m].cells(); });
   std::vector<Tensor> gradients;
   for (const Tensor& student : students) gradients.push_back(torch::stable::empty_like(student));

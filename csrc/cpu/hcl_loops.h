@@ -138,76 +138,29 @@ TRANSKD_INLINE void pixels_backward_loop(const T* __restrict s, const T* __restr
   }
 }
 
-// One plane's cells for a vector of channels: table [cells, stride], sums of d in, gradient of the pooled terms out;
-// lanes says how many of the vector's channels there are. Returns those channels' share of the loss's pooled terms.
-template <class T>
-TRANSKD_INLINE T pool_loop(const Pyramid& pyramid, const T* level_weight, T* table, int64_t stride, int lanes) {
-  using Channels = Vector<T>;
-  const int cells = pyramid.cells();
-  T padded[Channels::kSize] = {};
-  Channels sums[kMaxCells], gradient[kMaxCells], loss;
-  for (int k = 0; k < cells; ++k) {
-    for (int lane = 0; lane < lanes; ++lane) padded[lane] = table[k * stride + lane];
-    sums[k].load(padded);
-  }
-  for (int level = 0; level < kLevels; ++level) {
-    if (!pyramid.used[level]) continue;
-    for (int64_t i = 0; i < kLevelSize[level]; ++i) {
-      const Window& vertical = pyramid.rows.window[level][i];
-      for (int64_t j = 0; j < kLevelSize[level]; ++j) {
-        const Window& horizontal = pyramid.columns.window[level][j];
-        const T share = static_cast<T>(1 / (vertical.length * horizontal.length));
-        Channels pooled;
-        for (int r = vertical.first; r < vertical.last; ++r) {
-          for (int c = horizontal.first; c < horizontal.last; ++c) {
-            pooled.lanes += sums[r * pyramid.columns.segments + c].lanes;
-          }
-        }
-        pooled.lanes *= share;
-        const typename Channels::Lanes weighted = pooled.lanes * level_weight[level];
-        loss.lanes += weighted * pooled.lanes;
-        const typename Channels::Lanes slope = weighted * (2 * share);
-        for (int r = vertical.first; r < vertical.last; ++r) {
-          for (int c = horizontal.first; c < horizontal.last; ++c) {
-            gradient[r * pyramid.columns.segments + c].lanes += slope;
-          }
-        }
-      }
-    }
-  }
-  for (int k = 0; k < cells; ++k) {
-    gradient[k].store(padded);
-    for (int lane = 0; lane < lanes; ++lane) table[k * stride + lane] = padded[lane];
-  }
-  return loss.sum();
-}
-
 // The instruction-set clones of the loops, one set per compute type.
-#define TRANSKD_HCL_LOOPS(T)                                                                                           \
-  TRANSKD_CLONES T add_rows(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {                      \
-    return rows_of_segments<T>(s, t, rows, columns, sums);                                                             \
-  }                                                                                                                    \
-  TRANSKD_CLONES T add_pixels(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {                     \
-    return pixels_loop<T>(s, t, pixels, channels, sums);                                                               \
-  }                                                                                                                    \
-  TRANSKD_CLONES void rows_backward(const T* s, const T* t, int64_t rows, const Axis& columns, T alpha,                \
-                                    const T* level, T* out, bool stream) {                                             \
-    if (stream) {                                                                                                      \
-      rows_backward_loop<T, true>(s, t, rows, columns, alpha, level, out);                                             \
-    } else {                                                                                                           \
-      rows_backward_loop<T, false>(s, t, rows, columns, alpha, level, out);                                            \
-    }                                                                                                                  \
-  }                                                                                                                    \
-  TRANSKD_CLONES void pixels_backward(const T* s, const T* t, int64_t pixels, int64_t channels, T alpha,               \
-                                      const T* level, T* out, bool stream) {                                           \
-    if (stream) {                                                                                                      \
-      pixels_backward_loop<T, true>(s, t, pixels, channels, alpha, level, out);                                        \
-    } else {                                                                                                           \
-      pixels_backward_loop<T, false>(s, t, pixels, channels, alpha, level, out);                                       \
-    }                                                                                                                  \
-  }                                                                                                                    \
-  TRANSKD_CLONES T pool_channels(const Pyramid& pyramid, const T* level_weight, T* table, int64_t stride, int lanes) { \
-    return pool_loop<T>(pyramid, level_weight, table, stride, lanes);                                                  \
+#define TRANSKD_HCL_LOOPS(T)                                                                             \
+  TRANSKD_CLONES T add_rows(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {        \
+    return rows_of_segments<T>(s, t, rows, columns, sums);                                               \
+  }                                                                                                      \
+  TRANSKD_CLONES T add_pixels(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {       \
+    return pixels_loop<T>(s, t, pixels, channels, sums);                                                 \
+  }                                                                                                      \
+  TRANSKD_CLONES void rows_backward(const T* s, const T* t, int64_t rows, const Axis& columns, T alpha,  \
+                                    const T* level, T* out, bool stream) {                               \
+    if (stream) {                                                                                        \
+      rows_backward_loop<T, true>(s, t, rows, columns, alpha, level, out);                               \
+    } else {                                                                                             \
+      rows_backward_loop<T, false>(s, t, rows, columns, alpha, level, out);                              \
+    }                                                                                                    \
+  }                                                                                                      \
+  TRANSKD_CLONES void pixels_backward(const T* s, const T* t, int64_t pixels, int64_t channels, T alpha, \
+                                      const T* level, T* out, bool stream) {                             \
+    if (stream) {                                                                                        \
+      pixels_backward_loop<T, true>(s, t, pixels, channels, alpha, level, out);                          \
+    } else {                                                                                             \
+      pixels_backward_loop<T, false>(s, t, pixels, channels, alpha, level, out);                         \
+    }                                                                                                    \
   }
 TRANSKD_HCL_LOOPS(float)
 TRANSKD_HCL_LOOPS(double)

@@ -16,8 +16,8 @@ namespace hcl {
 namespace {
 
 std::vector<Maps> describe(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
-                           const std::vector<double>& weights) {
-  check_hcl(students, teachers, weights);
+                           const std::vector<double>& weights, const std::vector<double>& level_weights) {
+  check_hcl(students, teachers, weights, level_weights);
   STD_TORCH_CHECK(students[0].is_cuda(), "hcl: expected maps on a CUDA device");
   std::vector<Maps> stages;
   for (size_t m = 0; m < students.size(); ++m) {
@@ -38,8 +38,9 @@ std::vector<Maps> describe(const std::vector<Tensor>& students, const std::vecto
 }
 
 template <class T>
-void launch_forward(std::vector<Maps>& maps, const Tensor& loss, cudaStream_t stream) {
-  Plan<T> plan(maps);
+void launch_forward(const std::vector<Maps>& maps, const std::vector<double>& level_weights, const Tensor& loss,
+                    cudaStream_t stream) {
+  Plan<T> plan(maps, level_weights);
   const Tensor workspace = torch::stable::empty({static_cast<int64_t>(plan.workspace_bytes())}, ScalarType::Byte,
                                                 std::nullopt, loss.device());
   plan.bind_forward(workspace.mutable_data_ptr(), loss.mutable_data_ptr());
@@ -56,8 +57,9 @@ void launch_forward(std::vector<Maps>& maps, const Tensor& loss, cudaStream_t st
 }
 
 template <class T>
-void launch_backward(const std::vector<Maps>& maps, const Tensor& grad, cudaStream_t stream) {
-  Plan<T> plan(maps);
+void launch_backward(const std::vector<Maps>& maps, const std::vector<double>& level_weights, const Tensor& grad,
+                     cudaStream_t stream) {
+  Plan<T> plan(maps, level_weights);
   plan.bind_backward(grad.const_data_ptr());
   for (const auto& step : plan.steps()) {
     visit_instance<T>(step.variant, [&](auto student, auto teacher, auto width, auto channels_last) {
@@ -71,8 +73,8 @@ void launch_backward(const std::vector<Maps>& maps, const Tensor& grad, cudaStre
 }
 
 std::tuple<Tensor, std::vector<Tensor>> hcl_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers,
-                                                std::vector<double> weights) {
-  std::vector<Maps> maps = describe(students, teachers, weights);
+                                                std::vector<double> weights, std::vector<double> level_weights) {
+  std::vector<Maps> maps = describe(students, teachers, weights, level_weights);
   const torch::stable::accelerator::DeviceGuard guard(students[0].get_device_index());
   const ScalarType type = hcl_compute_type(students);
   const auto device = students[0].device();
@@ -85,16 +87,17 @@ std::tuple<Tensor, std::vector<Tensor>> hcl_fwd(std::vector<Tensor> students, st
   }
   const cudaStream_t stream = current_stream(loss);
   if (type == ScalarType::Double) {
-    launch_forward<double>(maps, loss, stream);
+    launch_forward<double>(maps, level_weights, loss, stream);
   } else {
-    launch_forward<float>(maps, loss, stream);
+    launch_forward<float>(maps, level_weights, loss, stream);
   }
   return {loss, tables};
 }
 
 std::vector<Tensor> hcl_bwd(Tensor grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
-                            std::vector<Tensor> tables, std::vector<double> weights) {
-  std::vector<Maps> maps = describe(students, teachers, weights);
+                            std::vector<Tensor> tables, std::vector<double> weights,
+                            std::vector<double> level_weights) {
+  std::vector<Maps> maps = describe(students, teachers, weights, level_weights);
   check_hcl_backward(grad, students, tables, [&](size_t m) { return Pyramid(maps[m].height, maps[m].width).cells(); });
   const torch::stable::accelerator::DeviceGuard guard(students[0].get_device_index());
   std::vector<Tensor> gradients;
@@ -106,9 +109,9 @@ std::vector<Tensor> hcl_bwd(Tensor grad, std::vector<Tensor> students, std::vect
   }
   const cudaStream_t stream = current_stream(grad);
   if (is_double(students[0])) {
-    launch_backward<double>(maps, grad, stream);
+    launch_backward<double>(maps, level_weights, grad, stream);
   } else {
-    launch_backward<float>(maps, grad, stream);
+    launch_backward<float>(maps, level_weights, grad, stream);
   }
   return gradients;
 }

@@ -18,22 +18,24 @@ template <int V, class T>
 constexpr int kUnroll = V > 1 ? 2 : 32 / sizeof(T);
 
 template <class T>
-__device__ __forceinline__ const Stage<T>& stage_of(const Launch<T>& launch, uint32_t block) {
+__device__ __forceinline__ uint32_t stage_of(const Launch<T>& launch, uint32_t block) {
   uint32_t m = 0;
   while (m + 1 < launch.stages && block >= launch.stage[m + 1].first_block) ++m;
-  return launch.stage[m];
+  return m;
 }
 
 // What one block works on.
 template <class T, bool kChannelsLast>
 struct Part {
+  uint32_t index;  // of the stage in the launch
   const Stage<T>& stage;
   uint32_t group, strip;
   uint32_t first_cell, cells;    // in stage.order
   uint32_t first_plane, planes;  // plane = sample * channels + channel
   int64_t offset;                // of the group's first element in the maps
 
-  __device__ Part(const Launch<T>& launch, uint32_t block) : stage(stage_of(launch, block)) {
+  __device__ Part(const Launch<T>& launch, uint32_t block)
+      : index(stage_of(launch, block)), stage(launch.stage[index]) {
     const Stage<T>& s = stage;
     const uint32_t parts = s.cell_parts * s.strips;
     uint32_t rest = block - s.first_block;
@@ -141,13 +143,13 @@ __device__ __forceinline__ int64_t offset_of(const Stage<T>& stage, uint32_t pix
   return kChannelsLast ? static_cast<int64_t>(pixel) * stage.channels : pixel;
 }
 
-// partials [strips, cells, group_planes] -> cell_sums [cells, group_planes] in shared memory. One block does it while
-// the others may have ended, so it is the latency that counts: many loads are under way at a time.
-template <bool kChannelsLast, class T>
+// partials [strips, kSums, cells, group_planes] -> cell_sums [kSums, cells, group_planes] in shared memory. One block
+// does it while the others may have ended, so it is the latency that counts: many loads are under way at a time.
+template <int kSums, bool kChannelsLast, class T>
 __device__ void sum_strips(const Part<T, kChannelsLast>& part, const T* partials, T* cell_sums) {
   const Stage<T>& stage = part.stage;
   constexpr uint32_t kTogether = 4;
-  const uint32_t count = stage.cells * part.planes, strip_sums = stage.cells * stage.group_planes;
+  const uint32_t count = kSums * stage.cells * part.planes, strip_sums = kSums * stage.cells * stage.group_planes;
   for (uint32_t base = threadIdx.x; base < count; base += kTogether * kThreads) {
     uint32_t at[kTogether];
     T sum[kTogether] = {};
@@ -169,10 +171,38 @@ __device__ void sum_strips(const Part<T, kChannelsLast>& part, const T* partials
   }
 }
 
+// piece_sums [kSums, slots, group_planes] of the block -> cell_sums [kSums, cells, group_planes] of the group, both in
+// shared memory. True in the block that has them, which is the group's last one; a barrier must lie before and after.
+template <int kSums, bool kChannelsLast, class T>
+__device__ bool sum_cells(const Launch<T>& launch, const Part<T, kChannelsLast>& part, const T* piece_sums,
+                          T* cell_sums) {
+  const Stage<T>& stage = part.stage;
+  const uint32_t parts = stage.cell_parts * stage.strips, slots = part.cells * stage.cuts;
+  const int64_t strip_sums = kSums * stage.cells * stage.group_planes;
+  T* partials = launch.partials + stage.partials + static_cast<int64_t>(part.group) * stage.strips * strip_sums;
+  for (uint32_t k = threadIdx.x; k < part.cells * part.planes; k += kThreads) {
+    const uint32_t plane = k % part.planes, c = k / part.planes, cell = stage.order[part.first_cell + c];
+    T* to = parts == 1 ? cell_sums : partials + part.strip * strip_sums;
+#pragma unroll
+    for (uint32_t q = 0; q < kSums; ++q) {
+      T sum = 0;
+      for (uint32_t cut = 0; cut < stage.cuts; ++cut) {
+        sum += piece_sums[(q * slots + c * stage.cuts + cut) * stage.group_planes + plane];
+      }
+      to[(q * stage.cells + cell) * stage.group_planes + plane] = sum;
+    }
+  }
+  if (parts == 1) return true;
+  const bool finishes = comes_last(launch.counters + stage.first_counter + part.group, parts);
+  if (finishes) sum_strips<kSums>(part, partials, cell_sums);
+  return finishes;
+}
+
 // cell_sums [cells, group_planes] in shared memory -> the group's part of the table; returns the thread's part of the
-// pooled terms of the loss. slopes [windows, group_planes] is room in shared memory.
-template <bool kChannelsLast, class T>
-__device__ T pool_group(const Part<T, kChannelsLast>& part, const T* cell_sums, T* slopes) {
+// pooled terms of the loss. slopes [windows, group_planes] is room in shared memory. Calls visit(cell, plane, entry)
+// with what goes into the table.
+template <bool kChannelsLast, class T, class Visit>
+__device__ T pool_group(const Part<T, kChannelsLast>& part, const T* cell_sums, T* slopes, Visit visit) {
   const Stage<T>& stage = part.stage;
   T loss = 0;
   for (uint32_t level = 0, row = 0, window = 0; level < stage.levels; ++level) {
@@ -214,8 +244,19 @@ __device__ T pool_group(const Part<T, kChannelsLast>& part, const T* cell_sums, 
     const uint32_t sample = (part.first_plane + plane) / stage.channels;
     const uint32_t channel = (part.first_plane + plane) % stage.channels;
     stage.table[(static_cast<int64_t>(sample) * stage.cells + cell) * stage.channels + channel] = entry;
+    visit(cell, plane, entry);
   }
   return loss;
+}
+
+// The call's last block adds up the shares of all of them.
+template <class T>
+__device__ void finish_loss(const Launch<T>& launch) {
+  if (!comes_last(launch.counters, launch.call_blocks)) return;
+  double loss = 0;
+  for (uint32_t k = threadIdx.x; k < launch.call_shares; k += kThreads) loss += __ldcg(launch.shares + k);
+  loss = sum_block<kThreads>(loss);
+  if (threadIdx.x == 0) *launch.loss = static_cast<T>(loss);
 }
 
 // Dynamic shared memory: Plan::Step::shared_bytes.
@@ -279,39 +320,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   const T block_squares = sum_block<kThreads>(squares[0]);
   if (threadIdx.x == 0) launch.shares[launch.first_block + blockIdx.x] = block_squares * (stage.alpha / 2);
 
-  const uint32_t parts = stage.cell_parts * stage.strips;
-  const int64_t strip_sums = stage.cells * stage.group_planes;
-  T* partials = launch.partials + stage.partials + static_cast<int64_t>(part.group) * stage.strips * strip_sums;
-  for (uint32_t k = threadIdx.x; k < part.cells * part.planes; k += kThreads) {
-    const uint32_t plane = k % part.planes, c = k / part.planes, cell = stage.order[part.first_cell + c];
-    T sum = 0;
-    for (uint32_t cut = 0; cut < stage.cuts; ++cut) {
-      sum += piece_sums[(c * stage.cuts + cut) * stage.group_planes + plane];
-    }
-    T* to = parts == 1 ? cell_sums : partials + part.strip * strip_sums;
-    to[cell * stage.group_planes + plane] = sum;
-  }
-  bool finishes = true;
-  if (parts > 1) {
-    finishes = comes_last(launch.counters + stage.first_counter + part.group, parts);
-    if (finishes) sum_strips(part, partials, cell_sums);
-  }
+  const bool finishes = sum_cells<1>(launch, part, piece_sums, cell_sums);
   __syncthreads();
   if (finishes) {
-    const T loss = sum_block<kThreads>(pool_group(part, cell_sums, piece_sums));
+    const T loss = sum_block<kThreads>(pool_group(part, cell_sums, piece_sums, [](uint32_t, uint32_t, T) {}));
     if (threadIdx.x == 0) launch.shares[launch.call_blocks + stage.first_group + part.group] = loss;
   }
-
-  if (comes_last(launch.counters, launch.call_blocks)) {
-    double loss = 0;
-    for (uint32_t k = threadIdx.x; k < launch.call_shares; k += kThreads) loss += __ldcg(launch.shares + k);
-    loss = sum_block<kThreads>(loss);
-    if (threadIdx.x == 0) *launch.loss = static_cast<T>(loss);
-  }
+  finish_loss(launch);
 }
 
+// Single elements are many under way at a time, each with its place: they need more registers.
 template <class A, class B, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, V == 1 ? 3 : 4)
     hcl_backward_kernel(const __grid_constant__ Launch<ComputeType<A, B>> launch) {
   using T = ComputeType<A, B>;
   // The last maps that the forward read are the likeliest to be in the cache still.

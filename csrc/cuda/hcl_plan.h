@@ -31,9 +31,11 @@ constexpr int kWarp = 32;
 constexpr int kLaunchStages = 8;  // stages that one launch can take
 constexpr int kWindows = 1 + 2 * 2 + 4 * 4;
 constexpr int kAxisWindows = 1 + 2 + 4;
-// Shared memory holds a few numbers per plane and cell, in 48 KB at most.
+// Of a group, at most.
 template <class T>
 constexpr int64_t kGroupPlanes = 256 / sizeof(T);
+// Of a block; the rest of 48 KB is for the sums of warps.
+constexpr int64_t kSharedBytes = (48 << 10) - 256;
 
 // One stage of a call, as it comes in.
 struct Maps {
@@ -77,6 +79,7 @@ struct Stage {
   T level_weight[kLevels];    // of a squared pooled value in the loss
   uint32_t planes, channels;  // planes = batch * channels
   uint32_t width;
+  uint32_t number;  // of the stage in the call
   uint32_t first_block, first_group, first_counter;
   uint32_t group_planes;  // the last group (of a sample, in channels-last) may have fewer
   uint32_t inner_groups;  // groups whose blocks alternate, because they read neighbouring memory
@@ -115,11 +118,13 @@ class Plan {
     size_t shared_bytes = 0;  // of the forward
   };
 
-  explicit Plan(const std::vector<Maps>& maps, const Tuning& tuning = {}) {
+  // `sums` are taken over every cell: hcl_bn needs more of them.
+  Plan(const std::vector<Maps>& maps, const std::vector<double>& level_weights, const Tuning& tuning = {}, int sums = 1)
+      : sums_(sums) {
     int64_t elements = 0;
     for (const Maps& m : maps) elements += m.batch * m.channels * m.height * m.width;
     elements = std::clamp(elements / tuning.blocks, tuning.least_elements, tuning.most_elements);
-    for (const Maps& m : maps) add(m, elements, tuning.vectors);
+    for (const Maps& m : maps) add(m, Pyramid(m.height, m.width, level_weights.data()), elements, tuning.vectors);
     int64_t before = 0;
     for (Step& step : steps_) {
       step.launch.first_block = static_cast<uint32_t>(before);
@@ -146,6 +151,12 @@ class Plan {
       step.launch.partials = step.launch.shares + blocks_ + groups_;
       step.launch.loss = static_cast<T*>(loss);
     }
+  }
+
+  // dL/dstudent of a pixel is this times its d, and its cell's table entry, for an upstream gradient of 1.
+  static T alpha(const Maps& m, const Pyramid& pyramid) {
+    const double elements = static_cast<double>(m.batch * m.channels) * static_cast<double>(m.height * m.width);
+    return static_cast<T>(2 * m.weight * pyramid.pixel_weight / elements);
   }
 
   void bind_backward(const void* upstream) {
@@ -177,7 +188,7 @@ class Plan {
     stage.pixels = checked("hcl", m.height * m.width, "pixels in a plane");
     stage.width = static_cast<uint32_t>(m.width);
     const double planes = static_cast<double>(stage.planes);
-    stage.alpha = static_cast<T>(2 * m.weight * pyramid.pixel_weight / (planes * static_cast<double>(stage.pixels)));
+    stage.alpha = alpha(m, pyramid);
     const Axis &rows = pyramid.rows, &columns = pyramid.columns;
     stage.cells = static_cast<uint8_t>(pyramid.cells());
     stage.row_segments = static_cast<uint8_t>(rows.segments);
@@ -222,6 +233,19 @@ class Plan {
     }
   }
 
+  // Shared memory of a plane: the sums of its pieces, where its windows and, if there are several sums, its table
+  // entries stand later; and those of its cells.
+  size_t plane_bytes(int64_t slots, int64_t cells) const {
+    return (std::max(sums_ * slots, kWindows + (sums_ > 1 ? cells : 0)) + sums_ * cells) * sizeof(T);
+  }
+
+  int64_t most_group_planes(int64_t cells) const {
+    constexpr int64_t kSmallSlots = 14;  // few cells are cut into pieces for the block's warps: never more than these
+    int64_t planes = kGroupPlanes<T>;
+    while (static_cast<int64_t>(plane_bytes(std::max(cells, kSmallSlots), cells)) * planes > kSharedBytes) planes /= 2;
+    return planes;
+  }
+
   static int64_t power_of_two_up_to(int64_t value) {
     int64_t power = 1;
     while (2 * power <= value) power *= 2;
@@ -237,9 +261,9 @@ class Plan {
     return lanes;
   }
 
-  void add(const Maps& m, int64_t block_elements, bool vectors) {
-    const Pyramid pyramid(m.height, m.width);
+  void add(const Maps& m, const Pyramid& pyramid, int64_t block_elements, bool vectors) {
     Stage<T> stage = describe(m, pyramid);
+    stage.number = stages_++;
     const int64_t pixels = stage.pixels;
     // A 1 x 1 map lies in memory as a channels-last one does, and is faster read as one.
     const bool channels_last = m.channels_last || pixels == 1;
@@ -249,15 +273,16 @@ class Plan {
     int64_t largest = 0;
     for (int c = 0; c < stage.cells; ++c) largest = std::max(largest, pixels_of(pyramid, c));
 
+    const int64_t most_planes = most_group_planes(stage.cells);
     int64_t group_planes, outer_groups;
     if (channels_last) {
-      const int64_t lanes = channel_lanes(m.channels / width, std::min<int64_t>(kWarp, kGroupPlanes<T> / width));
+      const int64_t lanes = channel_lanes(m.channels / width, std::min<int64_t>(kWarp, most_planes / width));
       stage.lanes = static_cast<uint8_t>(lanes);
       group_planes = std::min(lanes * width, m.channels);
       stage.inner_groups = static_cast<uint32_t>((m.channels + group_planes - 1) / group_planes);
       outer_groups = m.batch;
     } else {
-      group_planes = std::clamp<int64_t>(block_elements / pixels, 1, std::min<int64_t>(kGroupPlanes<T>, stage.planes));
+      group_planes = std::clamp<int64_t>(block_elements / pixels, 1, std::min<int64_t>(most_planes, stage.planes));
       stage.inner_groups = 1;
       outer_groups = (stage.planes + group_planes - 1) / group_planes;
     }
@@ -287,9 +312,7 @@ class Plan {
     }
 
     Step& step = step_for(variant);
-    const int64_t shared = part_cells * stage.cuts;
-    step.shared_bytes =
-        std::max(step.shared_bytes, (std::max<int64_t>(shared, kWindows) + stage.cells) * group_planes * sizeof(T));
+    step.shared_bytes = std::max(step.shared_bytes, plane_bytes(part_cells * stage.cuts, stage.cells) * group_planes);
     stage.first_block = step.blocks;
     step.blocks = checked("hcl", step.blocks + groups * stage.parts(), "blocks");
     stage.first_group = checked("hcl", groups_, "groups");
@@ -298,7 +321,7 @@ class Plan {
     stage.partials = partials_;
     if (stage.parts() > 1) {
       counters_ += groups;
-      partials_ += groups * stage.strips * stage.cells * group_planes;
+      partials_ += groups * stage.strips * sums_ * stage.cells * group_planes;
     }
     step.launch.stage[step.launch.stages++] = stage;
   }
@@ -313,6 +336,8 @@ class Plan {
 
   size_t shares_at() const { return (counter_bytes() + 15) / 16 * 16; }
 
+  int64_t sums_;
+  uint32_t stages_ = 0;
   std::vector<Step> steps_;
   int64_t blocks_ = 0, groups_ = 0, counters_ = 0, partials_ = 0;
 };

@@ -1,7 +1,8 @@
 // Runs csrc/cuda/hcl_kernel.cuh as csrc/cuda/hcl_cuda.cu does: loss, tables, gradients of students and of teachers.
-// In: student<m>, teacher<m>, weights, upstream; blocks, least_elements, most_elements, vectors (see hcl::Tuning);
-// table_misalignment. Or, to see only how a call would be cut: shapes (of all stages, one after the other),
-// channels_last, and type, a tensor of the maps' type. HCL_FEW_TYPES leaves types out: sanitizers make compiling slow.
+// In: student<m>, teacher<m>, weights, level_weights, upstream; blocks, least_elements, most_elements, vectors (see
+// hcl::Tuning); table_misalignment. Or, to see only how a call would be cut: shapes (of all stages, one after the
+// other), channels_last, sums (see hcl::Plan), and type, a tensor of the maps' type. HCL_FEW_TYPES leaves types out:
+// sanitizers make compiling slow.
 #include "shim/cuda.h"
 // The shim goes first.
 #include "archive.h"
@@ -83,6 +84,11 @@ Tuning tuning_of(const Archive& in) {
   return tuning;
 }
 
+std::vector<double> level_weights_of(const Archive& in) {
+  if (in.has("level_weights")) return in.reals("level_weights");
+  return {std::begin(transkd::kPublishedWeights), std::end(transkd::kPublishedWeights)};
+}
+
 // One row per stage, in the order of the launches; the columns are CUTTING in test_cuda_on_cpu_hcl.py.
 template <class T>
 Array cutting_of(const Plan<T>& plan, int64_t stages) {
@@ -110,10 +116,10 @@ Array cutting_of(const Plan<T>& plan, int64_t stages) {
 }
 
 template <class T>
-void forward(const std::vector<Stage>& stages, const Tuning& tuning, Array& loss, Results& out) {
+void forward(const std::vector<Stage>& stages, const Archive& in, Array& loss, Results& out) {
   std::vector<Maps> maps;
   for (const Stage& stage : stages) maps.push_back(stage.maps(false));
-  Plan<T> plan(maps, tuning);
+  Plan<T> plan(maps, level_weights_of(in), tuning_of(in));
   Array workspace(cuda_on_cpu::Type::u8, {static_cast<int64_t>(plan.workspace_bytes())});
   plan.bind_forward(workspace.data(), loss.data());
   std::memset(workspace.data(), 0, plan.counter_bytes());
@@ -130,13 +136,13 @@ void forward(const std::vector<Stage>& stages, const Tuning& tuning, Array& loss
 }
 
 template <class T>
-void backward(std::vector<Stage>& stages, const Tuning& tuning, const Array& upstream, bool exchanged) {
+void backward(std::vector<Stage>& stages, const Archive& in, const Array& upstream, bool exchanged) {
   std::vector<Maps> maps;
   for (Stage& stage : stages) {
     maps.push_back(stage.maps(exchanged));
     maps.back().gradient = (exchanged ? stage.teacher_gradient : stage.student_gradient).data();
   }
-  Plan<T> plan(maps, tuning);
+  Plan<T> plan(maps, level_weights_of(in), tuning_of(in));
   plan.bind_backward(upstream.data());
   for (const auto& step : plan.steps()) {
     visit_kernel<T>(step.variant, [&](auto student, auto teacher, auto width, auto channels_last) {
@@ -152,7 +158,6 @@ void backward(std::vector<Stage>& stages, const Tuning& tuning, const Array& ups
 template <class T>
 void run(const Archive& in, Results& out, cuda_on_cpu::Type type) {
   const std::vector<double> weights = in.reals("weights");
-  const Tuning tuning = tuning_of(in);
   std::vector<Stage> stages;
   for (size_t m = 0; m < weights.size(); ++m) {
     const Array &student = in.array("student" + std::to_string(m)), &teacher = in.array("teacher" + std::to_string(m));
@@ -164,8 +169,8 @@ void run(const Archive& in, Results& out, cuda_on_cpu::Type type) {
   }
   Array loss(type, {}), upstream(type, {});
   *upstream.as<T>() = static_cast<T>(in.real("upstream"));
-  forward<T>(stages, tuning, loss, out);
-  backward<T>(stages, tuning, upstream, false);
+  forward<T>(stages, in, loss, out);
+  backward<T>(stages, in, upstream, false);
   for (size_t m = 0; m < stages.size(); ++m) {
     Array table(type, stages[m].table.shape());
     std::memcpy(table.data(), stages[m].table.data(), table.bytes());
@@ -173,7 +178,7 @@ void run(const Archive& in, Results& out, cuda_on_cpu::Type type) {
     T* entries = stages[m].table.as<T>();
     for (int64_t i = 0; i < stages[m].table.count(); ++i) entries[i] = -entries[i];
   }
-  backward<T>(stages, tuning, upstream, true);
+  backward<T>(stages, in, upstream, true);
   for (size_t m = 0; m < stages.size(); ++m) {
     out.add("student_gradient" + std::to_string(m), std::move(stages[m].student_gradient));
     out.add("teacher_gradient" + std::to_string(m), std::move(stages[m].teacher_gradient));
@@ -196,7 +201,8 @@ void plan_only(const Archive& in, Results& out) {
     m.weight = 1;
     maps.push_back(m);
   }
-  const Plan<T> plan(maps, tuning_of(in));
+  const int sums = in.has("sums") ? static_cast<int>(in.integer("sums")) : 1;
+  const Plan<T> plan(maps, level_weights_of(in), tuning_of(in), sums);
   out.add("cutting", cutting_of(plan, static_cast<int64_t>(maps.size())));
   out.add("workspace_bytes", static_cast<int64_t>(plan.workspace_bytes()));
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_on_cpu import runner
 
-from transkd_fast.reference.hcl import LEVELS, hcl
+from transkd_fast.reference.hcl import LEVEL_WEIGHTS, LEVELS, hcl
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 TOLERANCE = {F64: 1e-13, F32: 2e-6, BF16: 2**-8, F16: 2**-10}
@@ -88,9 +88,9 @@ def cells_of(height, width):
     return list(itertools.product(*axes))
 
 
-def truth(students, teachers, weights, upstream=0.37):
+def truth(students, teachers, weights, upstream=0.37, level_weights=LEVEL_WEIGHTS):
     exact = [[map_.double().requires_grad_() for map_ in maps] for maps in (students, teachers)]
-    loss = sum(weight * hcl(s, t) for s, t, weight in zip(*exact, weights, strict=True))
+    loss = sum(weight * hcl(s, t, level_weights) for s, t, weight in zip(*exact, weights, strict=True))
     result = {"loss": loss.detach()}
     gradients = torch.autograd.grad(loss * upstream, [*exact[0], *exact[1]])
     for m, (s, t, weight) in enumerate(zip(*exact, weights, strict=True)):
@@ -99,7 +99,7 @@ def truth(students, teachers, weights, upstream=0.37):
         # What the gradient has besides the full-resolution term is one number per plane and cell.
         (full,) = torch.autograd.grad((s - t).square().mean(), s)
         used = [level for level in LEVELS if level < min(s.shape[2:])]
-        full = full * weight / (2 - 0.5 ** len(used))
+        full = full * weight / (1 + sum(level_weights[: len(used)]))
         pooled = (gradients[m] / upstream - full).detach()
         cells = [pooled[:, :, top:bottom, left:right] for (top, bottom), (left, right) in cells_of(*s.shape[2:])]
         result[f"table{m}"] = torch.stack([cell.mean((2, 3)) for cell in cells], dim=1)
@@ -110,8 +110,8 @@ def relative(value, true):
     return ((value.double() - true).abs().max() / true.abs().max().clamp(min=1e-300)).item()
 
 
-def check(result, students, teachers, weights, upstream=0.37):
-    expected = truth(students, teachers, weights, upstream)
+def check(result, students, teachers, weights, upstream=0.37, level_weights=LEVEL_WEIGHTS):
+    expected = truth(students, teachers, weights, upstream, level_weights)
     compute = F64 if students[0].dtype == F64 else F32
     assert result["loss"].dtype == compute and relative(result["loss"], expected["loss"]) < TOLERANCE[compute]
     for m, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
@@ -129,6 +129,12 @@ def check(result, students, teachers, weights, upstream=0.37):
 def test_one_stage_plain(shape, layout):
     maps = make([shape], layout=layout)
     check(run(*maps), *maps)
+
+
+@pytest.mark.parametrize("level_weights", [(1.0, 2.0, 3.0), (0.0, 0.5, 0.0)], ids=str)
+def test_the_levels_that_are_used_have_the_first_of_the_level_weights_plain(level_weights):
+    maps = make([(2, 3, 16, 32), (2, 4, 9, 4), (1, 5, 3, 2), (1, 5, 1, 9)])
+    check(run(*maps, level_weights=level_weights), *maps, level_weights=level_weights)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -266,14 +272,16 @@ def test_the_maps_of_segformer_b2_take_one_launch_that_fills_a_gpu_plain(batch, 
     assert workspace < 0.01 * 2 * sum(map(math.prod, shapes)) * dtype.itemsize
 
 
+@pytest.mark.parametrize("sums", [1, 3])
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_size_fits_into_the_shared_memory_of_a_block_plain(channels_last, dtype):
+def test_every_size_fits_into_the_shared_memory_of_a_block_plain(channels_last, dtype, sums):
+    """Also with as many sums of every cell as hcl_bn takes."""
     shapes = [
         (b, c, h, w) for b in (1, 64) for c in (1, 3, 64, 4096) for h in (1, 5, 7, 128, 719) for w in (3, 8, 1023)
     ]
     for tuning in TUNINGS.values():
-        for row in plan(shapes, dtype, channels_last, **tuning)[0]:
+        for row in plan(shapes, dtype, channels_last, sums=sums, **tuning)[0]:
             assert row["shared_bytes"] <= 48 * 1024 - 256
 
 

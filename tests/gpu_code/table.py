@@ -140,12 +140,13 @@ def _main():
     parser.add_argument(
         "--triton", action="append", default=[], metavar="FOLDER", help="measure with this triton too (pip --target)"
     )
+    parser.add_argument("--op", action="append", metavar="NAME", help="measure this op only; default: every op")
     arguments = parser.parse_args()
     for reason in filter(None, (nvcc.missing(), triton_aot.missing())):
         print(f"not measured: {reason}")
     runs = [] if nvcc.missing() else [("cuda", None)]
     runs += [("triton", folder) for folder in [*([] if triton_aot.missing() else [None]), *arguments.triton]]
-    ops = [op for name in declare.op_names() if (op := declare.op(name))]
+    ops = [op for name in arguments.op or declare.op_names() if (op := declare.op(name))]
     old, new = read() if PATH.exists() else [], []
     for backend, folder in runs:
         version = toolchain(backend, folder)
@@ -158,10 +159,10 @@ def _main():
                 found = [f"{version}: {op.name}: {len(rows)} lines, all new or changed"]
             found += [f"{version}: GATE: {complaint}" for complaint in complaints(op, backend, measured)]
             print("\n".join(found), end="\n" if found else "", flush=True)
-    measured_now = {row["toolchain"] for row in new}
-    kept = [row for row in old if row["toolchain"] not in measured_now]
-    for version in sorted({row["toolchain"] for row in kept}):
-        print(f"{version} is not here: its lines stay as they are")
+    measured_now = {(row["toolchain"], row["op"]) for row in new}
+    kept = [row for row in old if (row["toolchain"], row["op"]) not in measured_now]
+    for version, name in sorted({(row["toolchain"], row["op"]) for row in kept}):
+        print(f"{version}, {name}: not measured, its lines stay as they are")
     if arguments.write:
         write(new + kept)
         print(f"{PATH.name}: {len(new)} lines measured, {len(kept)} kept")

@@ -3,7 +3,7 @@
 from transkd_fast.nn.csf import CSF
 from transkd_fast.nn.embedding_assistant import EmbeddingAssistant, PatchEmbedding
 from transkd_fast.nn.gl_mixer import GLMixer, SelfAttention
-from transkd_fast.nn.losses import CWDLoss, HCLLoss
+from transkd_fast.nn.losses import CWDLoss, HCLLoss, KDLoss
 from transkd_fast.nn.pea import PEA
 from transkd_fast.nn.sync_batch_norm import SyncBatchNorm
 
@@ -14,6 +14,7 @@ __all__ = [
     "EmbeddingAssistant",
     "GLMixer",
     "HCLLoss",
+    "KDLoss",
     "PatchEmbedding",
     "SelfAttention",
     "SyncBatchNorm",

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from transkd_fast import functional
 from transkd_fast.nn._parameters import batch_norm_of, weight_and_bias, world_size
-from transkd_fast.nn.sync_batch_norm import synchronised_over
+from transkd_fast.nn.sync_batch_norm import SyncBatchNorm, synchronised_over
 from transkd_fast.ops._collectives import samples_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MIN_SQUEEZE_CHANNELS = 32
+LAST_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+
+
+class Branches(NamedTuple):
+    """Every stage's output before its last batch norm, and what normalises it, as `functional.hcl_bn_loss` takes them.
+
+    Args:
+        us: Outputs of the 3 x 3 convolutions, fine to coarse, shapes [B, C'_m, H_m, W_m].
+        bns: Their batch norms; whoever normalises updates the running statistics.
+        process_group: Processes over whose batches the statistics are taken; None for this one alone.
+        samples: Their batch sizes in the order of ranks; None where they were not asked for.
+
+    Source: TransKD section III-C.
+    """
+
+    us: list[Tensor]
+    bns: list[functional.BatchNorm]
+    process_group: ProcessGroup | None
+    samples: Sequence[int] | None
 
 
 class CSF(nn.ModuleList):
@@ -26,7 +45,7 @@ class CSF(nn.ModuleList):
     returns BN(conv3x3(v)).
 
     A fusing stage computes from the parameters of `conv1[1]`, `fc`, `fc1` and `fcs` without calling these modules, so
-    their hooks do not run.
+    their hooks do not run; nor do those of CSF itself, of `conv2` and of `conv2[1]` where `branches` is asked.
 
     Over several processes `SyncBatchNorm.convert_sync_batchnorm` synchronises the statistics of the whole module; the
     processes' batches may then differ in size, but not their images. Each forward asks all processes for their batch
@@ -81,6 +100,44 @@ class CSF(nn.ModuleList):
             ValueError: If the number of maps or their channels do not fit, one batch norm of a stage is synchronised
                 and the other is not, or the maps of other processes have another size.
         """
+        return self._run(maps, raw=False)[0]
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the last batch norms are of classes whose arithmetic `branches` can hand on."""
+        return all(type(norm) in LAST_NORMS for norm in self._last_norms())
+
+    def branches(self, maps: Sequence[Tensor]) -> Branches:
+        """Fuses the maps of all stages, up to the batch norms with which `forward` would end.
+
+        Args:
+            maps: Student maps, fine to coarse, shapes [B, C_m, H_m, W_m].
+
+        Returns:
+            What is to be normalised and how (see `Branches`).
+
+        Raises:
+            TypeError: If they are not `foldable`.
+            ValueError: As `forward`, or if the last batch norms are not synchronised over the same processes.
+        """
+        norms = self._last_norms()
+        if not self.foldable:
+            raise TypeError(
+                "CSF: expected the last batch norms to be BatchNorm2d or SyncBatchNorm, got"
+                f" {', '.join(type(norm).__name__ for norm in norms)}; call the module for its maps"
+            )
+        group = _one_group(norms, "the last batch norms of all stages")
+        us, samples = self._run(maps, raw=True)
+        return Branches(us, [batch_norm_of(norm) for norm in norms], group, samples.get(group))
+
+    def _last_norms(self) -> list[_BatchNorm]:
+        stages: Any = self
+        return [stage.conv2[1] for stage in reversed(stages)]
+
+    def _run(
+        self, maps: Sequence[Tensor], raw: bool
+    ) -> tuple[list[Tensor], dict[ProcessGroup | None, Sequence[int] | None]]:
+        """Computes all stages' outputs, normalised or not, and the batch sizes of the groups that were asked."""
         if [t.dim() for t in maps] != [4] * len(self) or tuple(t.shape[1] for t in maps) != self.in_channels:
             raise ValueError(
                 f"CSF: expected {len(self)} maps [B, C, H, W] with channels {list(self.in_channels)}, fine to coarse,"
@@ -90,16 +147,16 @@ class CSF(nn.ModuleList):
         self._reject_torchs_sync_batch_norm(maps[0])
         groups = [stage.process_group() for stage in stages]
         # In the order of stages, which is the same on all processes.
-        samples = {
+        samples: dict[ProcessGroup | None, Sequence[int] | None] = {
             group: None if group is None else samples_of([x.shape for x in maps], group, maps[0].device)
             for group in dict.fromkeys(groups)
         }
         outputs: list[Tensor] = []
         fused: Tensor | None = None
         for stage, x, group in zip(stages, reversed(maps), groups, strict=True):
-            output, fused = stage(x, fused, samples[group])
+            output, fused = stage(x, fused, samples[group], raw)
             outputs.insert(0, output)
-        return outputs
+        return outputs, samples
 
     def _reject_torchs_sync_batch_norm(self, x: Tensor) -> None:
         stages: Any = self
@@ -131,9 +188,11 @@ class _Stage(nn.Module):
             self.fc1 = nn.Sequential(fc1 if legacy else _Unused(fc1.weight))
             self.fcs = nn.ModuleList(nn.Conv2d(squeezed, mid_channels, 1) for _ in range(2))
 
-    def forward(self, x: Tensor, coarser: Tensor | None, samples: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, coarser: Tensor | None, samples: Sequence[int] | None = None, raw: bool = False
+    ) -> tuple[Tensor, Tensor]:
         fused = self.conv1(x) if coarser is None else self._fuse(x, coarser, samples)
-        return self.conv2(fused), fused
+        return (self.conv2[0] if raw else self.conv2)(fused), fused
 
     def _fuse(self, x: Tensor, coarser: Tensor, samples: Sequence[int] | None) -> Tensor:
         fc_weight = cast(Tensor, self.fc[0].weight).flatten(1)
@@ -156,17 +215,20 @@ class _Stage(nn.Module):
 
     def process_group(self) -> ProcessGroup | None:
         """Finds the processes over which the op's batch norms take their statistics now; None for this one alone."""
-        if not hasattr(self, "fc"):
-            return None
-        norms = [bn for bn in self._batch_norms() if bn.training or bn.running_mean is None]
-        groups = {synchronised_over(bn) for bn in norms}
-        if len(groups) > 1:
-            raise ValueError(
-                "CSF: expected the batch norms of conv1 and fc to be synchronised over the same processes, got"
-                f" {' and '.join(type(bn).__name__ for bn in norms)}; convert the whole model with"
-                " transkd_fast.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
-            )
-        return next(iter(groups), None)
+        return _one_group(self._batch_norms(), "the batch norms of conv1 and fc") if hasattr(self, "fc") else None
+
+
+def _one_group(norms: Sequence[_BatchNorm], which: str) -> ProcessGroup | None:
+    """Finds the processes over which batch norms take their statistics now; None for this one alone."""
+    norms = [bn for bn in norms if bn.training or bn.running_mean is None]
+    groups = {synchronised_over(bn) for bn in norms}
+    if len(groups) > 1:
+        raise ValueError(
+            f"CSF: expected {which} to be synchronised over the same processes, got"
+            f" {' and '.join(type(bn).__name__ for bn in norms)}; convert the whole model with"
+            " transkd_fast.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
+        )
+    return next(iter(groups), None)
 
 
 class _Unused(nn.Module):

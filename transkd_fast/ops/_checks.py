@@ -12,6 +12,21 @@ from transkd_fast.reference._common import BatchNorm
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def same_precision(tensors: Sequence[Tensor]) -> str | None:
+    """Says why kernels that compute in float32 or in float64 cannot take these tensors together.
+
+    Args:
+        tensors: The maps of a call.
+
+    Returns:
+        The reason, or None if they can.
+    """
+    dtypes = {tensor.dtype for tensor in tensors}
+    if torch.float64 in dtypes and len(dtypes) > 1:
+        return "float64 maps do not mix with other dtypes in this kernel"
+    return None
+
+
 def check_given(op: str, **tensors: Tensor) -> None:
     """Checks that arguments are tensors of a supported floating dtype on one device; None does not pass.
 

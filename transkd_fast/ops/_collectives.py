@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transkd_fast.reference.csf import GlobalBatch
+from transkd_fast.reference._common import GlobalBatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -178,3 +178,53 @@ def merge_moments(sums: Tensor, pixels: int) -> Tensor:
     offset = (counts * offsets).sum(dim=1, keepdim=True) / pixels
     squares = squares.sum(dim=1) + (counts * (offsets - offset).square()).sum(dim=1)
     return torch.stack([(means[:, :1] + offset).squeeze(1), squares, coarse.sum(dim=1)], dim=1).unsqueeze(1)
+
+
+def gather_moments(moments: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Gathers the moments of all processes, of all stages in one all-gather.
+
+    Args:
+        moments: Of this process, per stage shape [rows, 3, C_m], float64: number of values, mean, sum of squared
+            deviations from it.
+        group: The processes.
+
+    Returns:
+        One row per process, in the order of ranks: per stage shape [processes, 3, C_m].
+    """
+    rows = [_merge_rows(stage) for stage in moments]
+    mine = torch.cat([row.flatten() for row in rows])
+    everyones = _gather_alike(mine, group)
+    return [part.unflatten(1, (3, -1)).contiguous() for part in everyones.split([row.numel() for row in rows], dim=1)]
+
+
+def mean_over(sums: Sequence[Tensor], counts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Averages over the values of all processes, for all stages in one all-gather.
+
+    Args:
+        sums: Of this process, per stage shape [2, C_m], float64.
+        counts: Per stage the number of values of all processes, one element.
+        group: The processes.
+
+    Returns:
+        The sums of all processes, added in the order of ranks, divided by the counts.
+    """
+    mine = torch.cat([part.flatten() for part in sums])
+    parts = _gather_alike(mine, group).sum(dim=0).split([part.numel() for part in sums])
+    return [part.view_as(own) / count for part, own, count in zip(parts, sums, counts, strict=True)]
+
+
+def _gather_alike(mine: Tensor, group: ProcessGroup) -> Tensor:
+    """Gathers vectors of one length, [processes, length]."""
+    everyones = mine.new_empty(size_of(group) * len(mine))
+    dist.all_gather_into_tensor(everyones, mine, group=group)
+    return everyones.view(-1, len(mine))
+
+
+def _merge_rows(moments: Tensor) -> Tensor:
+    """Merges rows of moments [rows, 3, C] to [3, C] by Chan's formula about the first row's mean."""
+    counts, means, squares = moments.unbind(1)
+    total = counts.sum(dim=0)
+    offsets = means - means[0]
+    offset = (counts * offsets).sum(dim=0) / total
+    squares = squares.sum(dim=0) + (counts * (offsets - offset).square()).sum(dim=0)
+    return torch.stack([total, means[0] + offset, squares])

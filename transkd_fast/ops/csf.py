@@ -11,6 +11,8 @@ from torch import Tensor
 from transkd_fast import backends
 from transkd_fast.ops import _checks, _collectives, _registration
 from transkd_fast.ops._autograd import distinct, first_derivative
+from transkd_fast.ops._batch_norm import TRACKED, Settings, settings_of, write_back
+from transkd_fast.ops._layouts import in_layout, is_channels_last
 from transkd_fast.reference._common import BatchNorm
 from transkd_fast.reference.csf import Heads
 from transkd_fast.reference.csf import csf as csf_reference
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 OP = "csf"
-# How the kernels normalise (csrc/common/csf_attention.h).
-NO_NORM, RUNNING, BATCH, TRACKED = range(4)
-_Settings = tuple[int, "float | None", float]  # kind of normalisation, momentum, eps
 
 
 def _same_precision(tensors: Sequence[Tensor]) -> str | None:
@@ -91,14 +90,6 @@ def _given(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _channels_last(maps: Tensor) -> bool:
-    return not maps.is_contiguous() and maps.is_contiguous(memory_format=torch.channels_last)
-
-
-def _in_layout(maps: Tensor, channels_last: bool) -> Tensor:
-    return maps.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 def _parts(z: Tensor, channels_last: bool, backend: str) -> int:
     """Into how many parts a plane's sums are cut, so that their blocks fill a large GPU; a matter of sizes only."""
     batch, channels, height, width = z.shape
@@ -116,7 +107,7 @@ class _CSF(torch.autograd.Function):
     def forward(
         ctx: Any,
         backend: str,
-        settings: tuple[_Settings, _Settings],
+        settings: tuple[Settings, Settings],
         group: ProcessGroup | None,
         samples: tuple[int, ...],
         grad_enabled: bool,
@@ -130,7 +121,7 @@ class _CSF(torch.autograd.Function):
         y: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
-        parts = _parts(z, _channels_last(z), backend)
+        parts = _parts(z, is_channels_last(z), backend)
         sums = _registration.raw_op("csf_reduce", backend)(z, y, parts)
         first = 0
         if group is not None:
@@ -168,7 +159,7 @@ class _CSF(torch.autograd.Function):
         z, y, *parameters = inputs
         wanted = list(ctx.needs_input_grad[-len(inputs) :])
         with torch.no_grad():
-            dense = _in_layout(grad, _channels_last(z))
+            dense = in_layout(grad, is_channels_last(z))
             sums = _registration.raw_op("csf_bwd_reduce", ctx.backend)(dense, z, y, state, ctx.parts)
             if ctx.group is not None:
                 sums = _collectives.gather(sums.sum(dim=1, keepdim=True), ctx.samples, ctx.group)
@@ -273,37 +264,21 @@ def csf(
 
     if chosen == "eager":
         return csf_reference(z, y, bn, fc_weight, fc_bn, heads, _collectives.joining(samples, process_group))
-    z = _in_layout(z, _channels_last(z))
-    y = _in_layout(y, _channels_last(z))
+    z = in_layout(z, is_channels_last(z))
+    y = in_layout(y, is_channels_last(z))
     affine = (None, None) if fc_bn is None else (fc_bn.weight, fc_bn.bias)
     parameters = [
         None if t is None else t.contiguous() for t in (bn.weight, bn.bias, fc_weight, *affine, *of_heads.values())
     ]
     inputs = distinct([z, y, *parameters])
     grad_enabled = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    map_settings, map_statistics = _settings(bn)
-    fc_settings, fc_statistics = _settings(fc_bn)
+    map_settings, map_statistics = settings_of(bn)
+    fc_settings, fc_statistics = settings_of(fc_bn)
     running = (*map_statistics, *fc_statistics)
     updated = [None if t is None else t.contiguous() for t in running]
     settings = map_settings, fc_settings
     v = _CSF.apply(chosen, settings, process_group, tuple(samples), grad_enabled, *updated, *inputs)
     kinds = [map_settings[0]] * 3 + [fc_settings[0]] * 3
-    for own, new, kind in zip(running, updated, kinds, strict=True):
-        if own is None or new is None or kind != TRACKED:
-            continue
-        if new is not own:
-            own.copy_(new)
-        elif not torch.compiler.is_compiling():  # kernels write through pointers, past autograd's count of changes
-            torch.autograd.graph.increment_version(own)
+    pairs = zip(running, updated, kinds, strict=True)
+    write_back((own, new) for own, new, kind in pairs if own is not None and new is not None and kind == TRACKED)
     return v
-
-
-def _settings(bn: BatchNorm | None) -> tuple[_Settings, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """How the kernels normalise, and the running statistics that they read or update."""
-    if bn is None:
-        return (NO_NORM, None, 0.0), (None, None, None)
-    if bn.running_mean is None:
-        return (BATCH, None, bn.eps), (None, None, None)
-    if not bn.training:
-        return (RUNNING, None, bn.eps), (bn.running_mean, bn.running_var, None)
-    return (TRACKED, bn.momentum, bn.eps), (bn.running_mean, bn.running_var, bn.num_batches_tracked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import NamedTuple
@@ -35,6 +36,18 @@ class BatchNorm(NamedTuple):
     training: bool = True
     momentum: float | None = 0.1
     eps: float = 1e-5
+
+
+class GlobalBatch(NamedTuple):
+    """A batch of which a process holds some samples only, the others being at other processes.
+
+    Args:
+        gather: Maps this process's rows, [B, ...], to those of all samples, [K, ...]; differentiable.
+        first: Index of this process's first sample among the K.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    first: int
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -120,6 +133,50 @@ def move_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor) -> None:
         factor = bn.num_batches_tracked.to(mean.dtype).reciprocal()
     for running, new in ((bn.running_mean, mean), (bn.running_var, var)):
         running.copy_(torch.lerp(running.to(new.dtype), new, factor))
+
+
+def statistics_over(means: Tensor, squares: Tensor, pixels: int, bn: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Gives the mean and biased variance that a batch norm normalises with, from those of all samples.
+
+    Args:
+        means: Mean of each sample's channels, shape [K, C], float32 or float64.
+        squares: Sums of squared deviations from it, shape [K, C].
+        pixels: Number of values behind each of them.
+        bn: The batch norm; running statistics are updated in place in training, and given where they normalise.
+
+    Returns:
+        Mean and variance, each [C].
+
+    Raises:
+        ValueError: In training, if a channel has a single value.
+    """
+    if not (bn.training or bn.running_mean is None or bn.running_var is None):
+        return bn.running_mean.to(means.dtype), bn.running_var.to(means.dtype)
+    mean, count = means.mean(dim=0), means.shape[0] * pixels
+    if count == 1:
+        raise ValueError("batch_norm: expected more than 1 value per channel over all processes in training, got 1")
+    var = (squares + pixels * (means - mean).square()).sum(dim=0) / count
+    if bn.training:
+        move_running_statistics(bn, mean.detach(), var.detach() * (count / (count - 1)))
+    return mean, var
+
+
+def normalise_with(mean: Tensor, var: Tensor, x: Tensor, bn: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises x per channel with given statistics.
+
+    Args:
+        mean: Shape [C].
+        var: Biased variance, shape [C].
+        x: Shape [B, C, H, W], in mean's dtype.
+        bn: The batch norm; only weight, bias and eps are looked at.
+
+    Returns:
+        The normalised x, and per channel the factor and the shift of x - mean.
+    """
+    weight, bias = as_dtype(bn.weight, x.dtype), as_dtype(bn.bias, x.dtype)
+    scale = (var + bn.eps).rsqrt() if weight is None else weight * (var + bn.eps).rsqrt()
+    shift = torch.zeros_like(scale) if bias is None else bias
+    return (x - mean[:, None, None]) * scale[:, None, None] + shift[:, None, None], scale, shift
 
 
 def nearest_index(out_size: int, in_size: int) -> Tensor:

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from transkd_fast.reference._common import (
     BatchNorm,
-    as_dtype,
+    GlobalBatch,
     batch_norm,
     compute_dtype,
-    move_running_statistics,
+    normalise_with,
+    statistics_over,
     upsample,
     values_per_channel,
     without_autocast,
 )
 
 Heads = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class GlobalBatch(NamedTuple):
-    """A batch of which z and y hold some samples only, the others being at other processes.
-
-    Args:
-        gather: Maps this process's rows, [B, ...], to those of all samples, [K, ...]; differentiable.
-        first: Index of this process's first sample among the K.
-    """
-
-    gather: Callable[[Tensor], Tensor]
-    first: int
 
 
 def csf(
@@ -95,17 +81,6 @@ def _normalise_over(global_batch: GlobalBatch, z: Tensor, up: Tensor, bn: BatchN
     own_squares = (z - own_mean[..., None, None]).square().sum(dim=(2, 3))
     rows = global_batch.gather(torch.stack([own_mean, own_squares, up.mean(dim=(2, 3))], dim=1))
     means, squares, up_means = rows.unbind(1)
-    if bn.training or bn.running_mean is None or bn.running_var is None:
-        mean, count = means.mean(dim=0), means.shape[0] * pixels
-        if count == 1:
-            raise ValueError("csf: expected more than 1 value per channel of z over all processes in training, got 1")
-        var = (squares + pixels * (means - mean).square()).sum(dim=0) / count
-        if bn.training:
-            move_running_statistics(bn, mean.detach(), var.detach() * (count / (count - 1)))
-    else:
-        mean, var = bn.running_mean.to(z.dtype), bn.running_var.to(z.dtype)
-    weight, bias = as_dtype(bn.weight, z.dtype), as_dtype(bn.bias, z.dtype)
-    scale = (var + bn.eps).rsqrt() if weight is None else weight * (var + bn.eps).rsqrt()
-    shift = torch.zeros_like(scale) if bias is None else bias
-    x = (z - mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]
+    mean, var = statistics_over(means, squares, pixels, bn)
+    x, scale, shift = normalise_with(mean, var, z, bn)
     return x, (means - mean) * scale + shift + up_means

@@ -1,4 +1,4 @@
-"""From a configuration to datasets, loaders, models and tasks."""
+"""From a configuration to datasets, loaders, models and the student's task."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from transkd_fast import data, functional, models
-from transkd_fast.models import StageOutputs
+from transkd_fast import data, models
 from transkd_fast.train.config import Config, ConfigError, FitConfig, ModelConfig
+from transkd_fast.train.tasks import DistillationTask
 from transkd_fast.transkd import TransKD
 
 Log = Callable[[str], None]
@@ -177,12 +177,20 @@ def build_transkd(config: Config, student: Network, teacher: Network) -> TransKD
     Args:
         config: the run's configuration.
         student: the student.
-        teacher: the teacher; only its channels are looked at.
+        teacher: the teacher; only its channels and its number of classes are looked at.
 
     Returns:
         The wrapper on the run's device.
+
+    Raises:
+        ConfigError: if logits are distilled between networks that do not give equally many.
     """
     settings = config.distill
+    if settings.logits and student.num_classes != teacher.num_classes:
+        raise ConfigError(
+            "distill.logits: expected student and teacher to have equally many logits, got"
+            f" {student.num_classes} and {teacher.num_classes}; set student.num_classes and teacher.num_classes alike"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "transkd"))
         model = TransKD(
@@ -198,93 +206,38 @@ def build_transkd(config: Config, student: Network, teacher: Network) -> TransKD
             feature_weights=settings.feature_stage_weights,
             embedding_weights=settings.embedding_stage_weights,
             temperature=settings.temperature,
+            level_weights=settings.feature_level_weights,
+            logits=settings.logits,
+            logit_temperature=settings.logit_temperature,
         )
     return model.to(select_device(config.device))
 
 
-class SegmentationTask:
-    """Training a network on labels alone.
+def distillation_task(config: Config, model: TransKD, teacher: Network, num_classes: int) -> DistillationTask:
+    """The student's task as the configuration says.
 
     Args:
-        model: the network; returns StageOutputs.
-        class_weights: [K] factors in the cross-entropy, or None.
+        config: the run's configuration.
+        model: the wrapped student, from :func:`build_transkd`.
+        teacher: the teacher.
+        num_classes: the student's number of logits.
+
+    Returns:
+        The task.
+
+    Raises:
+        ConfigError: if there is not one class weight per logit.
     """
-
-    def __init__(self, model: nn.Module, class_weights: Tensor | None = None) -> None:
-        self.model = model
-        self.class_weights = class_weights
-
-    @property
-    def deployed(self) -> nn.Module:
-        """The network that is evaluated and exported."""
-        return self.model
-
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The weighted loss terms of a batch; training minimises their sum.
-
-        Args:
-            images: [B, 3, H, W], RGB in [0, 1].
-            labels: int64 [B, H, W].
-
-        Returns:
-            0-d tensors by name.
-        """
-        return {"ce": functional.seg_ce_loss(self.model(images).logits, labels, self.class_weights)}
-
-
-class DistillationTask:
-    """Training a student against labels and a frozen teacher.
-
-    Args:
-        model: the wrapped student.
-        teacher: the teacher; it is frozen, in eval mode, and runs without its decoder.
-        feature_weight: factor of the feature loss.
-        embedding_weight: factor of the patch-embedding loss.
-        class_weights: [K] factors in the cross-entropy, or None.
-    """
-
-    def __init__(
-        self,
-        model: TransKD,
-        teacher: nn.Module,
-        feature_weight: float = 1.0,
-        embedding_weight: float = 1.0,
-        class_weights: Tensor | None = None,
-    ) -> None:
-        self.model = model
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.weights = {model.feature_loss: feature_weight, "pea": embedding_weight}
-        self.class_weights = class_weights
-
-    @property
-    def deployed(self) -> nn.Module:
-        """The network that is evaluated and exported."""
-        return self.model.student
-
-    def teach(self, images: Tensor) -> StageOutputs:
-        """The teacher's features and embeddings.
-
-        no_grad, not inference_mode: tensors made under inference_mode cannot be saved for the student's backward.
-        """
-        with torch.no_grad():
-            return self.teacher(images, features_only=True)
-
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The weighted loss terms of a batch; training minimises their sum.
-
-        Args:
-            images: [B, 3, H, W], RGB in [0, 1].
-            labels: int64 [B, H, W].
-
-        Returns:
-            0-d tensors by name.
-        """
-        output = self.model(images, self.teach(images))
-        terms = {"ce": functional.seg_ce_loss(output.logits, labels, self.class_weights)}
-        return terms | {name: self.weights[name] * loss for name, loss in output.losses.items()}
-
-
-Task = SegmentationTask | DistillationTask
+    settings = config.distill
+    return DistillationTask(
+        model,
+        teacher,
+        settings.feature_weight,
+        settings.embedding_weight,
+        class_weights(config.fit, num_classes, "fit", select_device(config.device)),
+        settings.logit_weight,
+        config.legacy.quarter_labels,
+    )
 
 
 def class_weights(config: FitConfig, num_classes: int, key: str, device: torch.device) -> Tensor | None:

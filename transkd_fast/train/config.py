@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transkd_fast.backends import BACKENDS
 from transkd_fast.data import DATASETS
 from transkd_fast.models import MODELS
+from transkd_fast.reference.hcl import LEVEL_WEIGHTS
 
 
 class ConfigError(ValueError):
@@ -130,6 +131,10 @@ class DistillConfig:
         embedding_weight: factor of the patch-embedding loss.
         embedding_stage_weights: factor per stage in it, fine to coarse.
         temperature: of "cwd".
+        feature_level_weights: of "hcl": factor per pooled level, 4 x 4, 2 x 2, 1 x 1; the full size has 1.
+        logits: distil class scores too; the teacher then runs with its decoder.
+        logit_weight: factor of the loss between class scores.
+        logit_temperature: temperature of that loss.
     """
 
     enabled: bool = True
@@ -143,6 +148,21 @@ class DistillConfig:
     embedding_weight: float = 1.0
     embedding_stage_weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.5, 1.0])
     temperature: float = 1.0
+    feature_level_weights: list[float] = field(default_factory=lambda: list(LEVEL_WEIGHTS))
+    logits: bool = False
+    logit_weight: float = 1.0
+    logit_temperature: float = 1.0
+
+
+@dataclass
+class LegacyConfig:
+    """What the published training does otherwise; only for comparisons. ``distill.legacy`` has its batch-1 rule.
+
+    Args:
+        quarter_labels: train on labels at the logits' size, a quarter of the images', instead of at the images' size.
+    """
+
+    quarter_labels: bool = False
 
 
 @dataclass
@@ -184,6 +204,7 @@ class Config:
         student: student.
         fit: training of the student.
         distill: distillation terms.
+        legacy: what the published training does otherwise.
         verify: comparison of backends.
     """
 
@@ -201,6 +222,7 @@ class Config:
     student: ModelConfig = field(default_factory=ModelConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    legacy: LegacyConfig = field(default_factory=LegacyConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
 
@@ -373,14 +395,17 @@ def _check_fit(name: str, fit: FitConfig) -> None:
 def _check_distill(distill: DistillConfig) -> None:
     _one_of("distill.variant", distill.variant, ("base", "gl", "ea"))
     _one_of("distill.feature_loss", distill.feature_loss, ("hcl", "cwd", None))
-    for key in ("mid_channels", "temperature"):
+    for key in ("mid_channels", "temperature", "logit_temperature"):
         _positive(f"distill.{key}", getattr(distill, key))
-    for key in ("feature_weight", "embedding_weight"):
+    for key in ("feature_weight", "embedding_weight", "logit_weight"):
         _not_negative(f"distill.{key}", getattr(distill, key))
     for key in ("feature_stage_weights", "embedding_stage_weights"):
         weights = getattr(distill, key)
         fits = len(weights) == 4 and all(0 <= weight < math.inf for weight in weights)
         _expect(fits, f"distill.{key}", "four factors >= 0, one per stage", weights)
+    levels = distill.feature_level_weights
+    fits = len(levels) == len(LEVEL_WEIGHTS) and all(0 <= weight < math.inf for weight in levels)
+    _expect(fits, "distill.feature_level_weights", "three factors >= 0, one per pooled level", levels)
     stages = distill.embeddings
     _expect(
         len(set(stages)) == len(stages) and set(stages) <= {1, 2, 3, 4},
@@ -392,5 +417,5 @@ def _check_distill(distill: DistillConfig) -> None:
         _expect(4 in stages, "distill.embeddings", "stage 4 among them, which variant 'gl' mixes", stages)
     if distill.variant == "ea":
         _expect(bool(stages), "distill.embeddings", "a stage that variant 'ea' assists", stages)
-    nothing = distill.enabled and distill.feature_loss is None and not stages
-    _expect(not nothing, "distill.enabled", "false where neither feature_loss nor embeddings are distilled", True)
+    nothing = distill.enabled and distill.feature_loss is None and not stages and not distill.logits
+    _expect(not nothing, "distill.enabled", "false where no feature_loss, embeddings or logits are distilled", True)

@@ -17,18 +17,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from transkd_fast import backends
-from transkd_fast.data import EpochSampler
+from transkd_fast.data import IGNORE_INDEX, EpochSampler
 from transkd_fast.models import load_weights
-from transkd_fast.train.build import DistillationTask, Log, Task, autocast, derived_seed
+from transkd_fast.train.build import Log, autocast, derived_seed
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, save_checkpoint, write_text
 from transkd_fast.train.config import Config, FitConfig
 from transkd_fast.train.metrics import Scores, SegmentationMeter
+from transkd_fast.train.tasks import DistillationTask, Task, TrainingError
 
 NAMED = 3  # of the weights that are not finite, in the message
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on, e.g. with a loss that is not finite."""
 
 
 @dataclass
@@ -155,7 +152,8 @@ class Trainer:
             The result.
 
         Raises:
-            TrainingError: if a loss, the gradient's norm, a weight or a running statistic is not finite.
+            TrainingError: if a loss, the gradient's norm, a weight or a running statistic is not finite, or a label is
+                out of range.
             CheckpointError: if the checkpoint to resume from is broken or of another run.
             WeightsError: if its weights do not fit.
         """
@@ -193,6 +191,8 @@ class Trainer:
         torch.manual_seed(derived_seed(self.config.seed, self.name, self.epoch))
         self.task.model.train()
         sums: dict[str, Tensor] = {}
+        counts = torch.zeros(4, dtype=torch.int64)
+        self.task.cross_entropy.take_counts()
         state = _floating(self.task.model)
         broken = torch.zeros(len(state), dtype=torch.bool, device=self.device)
         images_seen = 0
@@ -208,7 +208,9 @@ class Trainer:
                 bar.update()
                 if (index + 1) % self.config.log_every == 0 or index + 1 == len(self.train_loader):
                     names = [name for name, is_broken in zip(state, broken.tolist(), strict=True) if is_broken]
-                    means = self._finite_means(sums, names, index + 1)
+                    counts += self.task.cross_entropy.take_counts().cpu()
+                    self._check_labels(int(counts[3]), index + 1)
+                    means = self._finite_means(sums, names, index + 1) | _shares(counts)
                     rate = images_seen / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{rate:.1f} img/s " + " ".join(f"{k} {v:.3f}" for k, v in means.items()))
         if self.device.type == "cuda":
@@ -231,6 +233,16 @@ class Trainer:
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), limit)
         self.optimizer.step()
         return terms
+
+    def _check_labels(self, out_of_range: int, steps: int) -> None:
+        if out_of_range:
+            classes = self.meta.get("num_classes", len(self.classes))
+            raise TrainingError(
+                f"{self.name}: expected labels from 0 to {classes - 1} or {IGNORE_INDEX}, got"
+                f" {out_of_range} pixels with others in epoch {self.epoch + 1} within the last"
+                f" {self.config.log_every} steps up to step {steps}; set data.check=true to find the file, or map these"
+                f" labels to {IGNORE_INDEX}"
+            )
 
     def _finite_means(self, sums: dict[str, Tensor], weights: list[str], steps: int) -> dict[str, float]:
         means = {key: value.item() / steps for key, value in sums.items()}
@@ -312,6 +324,15 @@ class Trainer:
         if path.exists():
             with path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
+
+
+def _shares(counts: Tensor) -> dict[str, float]:
+    """What the logs say of the pixels that :class:`transkd_fast.functional.SegCE` counts."""
+    labelled, right, ignored, _ = counts.tolist()
+    return {
+        "pixel_accuracy": right / labelled if labelled else math.nan,
+        "ignored": ignored / (labelled + ignored) if labelled or ignored else math.nan,
+    }
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:

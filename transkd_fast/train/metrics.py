@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from transkd_fast import functional
 from transkd_fast.data import IGNORE_INDEX, DataError
 
 
@@ -46,13 +46,13 @@ class SegmentationMeter:
         """Add a batch.
 
         Args:
-            logits: [B, K, h, w]; resized bilinearly to the labels' size. Logits beyond ``num_classes`` (a void
-                class that some published models have) take no part.
+            logits: [B, K, h, w]; compared as if resized bilinearly to the labels' size, which would be the largest
+                tensor of an evaluation. Logits beyond ``num_classes`` (a void class that some published models have)
+                take no part.
             labels: int64 [B, H, W], the ignore index where nothing is to be learnt.
         """
-        logits = logits[:, : self._matrix.num_classes].float()
-        prediction = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False).argmax(1)
-        self._matrix.update(prediction, labels)
+        logits = logits[:, : self._matrix.num_classes]
+        self._matrix.update(functional.seg_predict(logits, (labels.shape[1], labels.shape[2])), labels)
         self._ignored += (labels == IGNORE_INDEX).sum()
 
     def compute(self) -> Scores:

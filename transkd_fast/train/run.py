@@ -15,12 +15,13 @@ from tqdm import tqdm
 from transkd_fast import backends, environment, models
 from transkd_fast.data import DataError, SegmentationDataset
 from transkd_fast.train import build
-from transkd_fast.train.build import DistillationTask, Log, Network, SegmentationTask, Task
+from transkd_fast.train.build import Log, Network
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, write_text
 from transkd_fast.train.config import Config, ConfigError, FitConfig, ModelConfig, load_config, save_config
 from transkd_fast.train.loop import FitResult, Trainer, evaluate
 from transkd_fast.train.memory import keep_freed_memory
 from transkd_fast.train.metrics import Scores
+from transkd_fast.train.tasks import SegmentationTask, Task
 from transkd_fast.train.verify import VerifyReport, verify
 
 # What may change between the parts of a resumed run without making it another run.
@@ -97,10 +98,11 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
     classes = train_set.classes
     student = build.build_model(config, config.student, len(classes), "student", log)
     weights = build.class_weights(config.fit, student.num_classes, "fit", device)
-    teacher = None
+    teacher = transkd = None
     if config.distill.enabled:
         teacher = build.build_model(config, config.teacher, len(classes), "teacher", log)
         build.class_weights(config.teacher.fit, teacher.num_classes, "teacher.fit", device)
+        transkd = build.build_transkd(config, student, teacher)
     fits = {"student": config.fit} | ({"teacher": config.teacher.fit} if teacher is not None else {})
     loaders = {
         name: (
@@ -118,13 +120,11 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
 
     teacher_scores = None
     task: Task
-    if teacher is None:
-        task = SegmentationTask(student, weights)
+    if teacher is None or transkd is None:
+        task = SegmentationTask(student, weights, config.legacy.quarter_labels)
     else:
         teacher_scores = _ready_teacher(config, teacher, trainer, log)
-        settings = config.distill
-        transkd = build.build_transkd(config, student, teacher)
-        task = DistillationTask(transkd, teacher, settings.feature_weight, settings.embedding_weight, weights)
+        task = build.distillation_task(config, transkd, teacher, student.num_classes)
     student_trainer = trainer("student", task, config.fit, config.student)
     before = student_trainer.evaluate()
     log(f"student before training: mIoU {100 * before.miou:.2f} %")
@@ -156,7 +156,8 @@ def _ready_teacher(config: Config, teacher: Network, trainer: Any, log: Log) -> 
     settings = config.teacher
     device = build.select_device(config.device)
     weights = build.class_weights(settings.fit, teacher.num_classes, "teacher.fit", device)
-    fitter = trainer("teacher", SegmentationTask(teacher, weights), settings.fit, settings)
+    task = SegmentationTask(teacher, weights, config.legacy.quarter_labels)
+    fitter = trainer("teacher", task, settings.fit, settings)
     scores = fitter.evaluate() if settings.weights is not None else fitter.fit().scores
     log(f"teacher {settings.model}: mIoU {100 * scores.miou:.2f} %, pixel accuracy {100 * scores.pixel_accuracy:.2f} %")
     return scores
@@ -295,9 +296,7 @@ def _verify(config: Config, run_dir: Path | None, log: Log) -> VerifyReport:
         models.load_weights(model, run_dir / "student" / "last.pt")
         if config.teacher.weights is None:
             models.load_weights(teacher, run_dir / "teacher" / "last.pt")
-    weights = build.class_weights(config.fit, student.num_classes, "fit", device)
-    settings = config.distill
-    task = DistillationTask(model, teacher, settings.feature_weight, settings.embedding_weight, weights)
+    task = build.distillation_task(config, model, teacher, student.num_classes)
     fit = replace(config.fit, batch_size=config.verify.batch_size)
     loader = build.build_loader(config, dataset, fit, "verify", train=True)
     batches = [(i.to(device), m.to(device, torch.int64)) for i, m in islice(loader, config.verify.batches)]

@@ -82,6 +82,7 @@ TRANSKD_INLINE void over_lanes(int64_t count, const F& f) {
 template <class T>
 struct Total {
   Vector<T> wide;
+  Vector<T, 32> half;
   T single = 0;
 
   template <class V, int N>
@@ -90,12 +91,16 @@ struct Total {
     for (int k = 0; k < N; ++k) {
       if constexpr (V::kSize == Vector<T>::kSize) {
         wide.lanes += lanes.part[k].lanes;
+      } else if constexpr (V::kSize == Vector<T, 32>::kSize) {
+        half.lanes += lanes.part[k].lanes;
       } else {
         single += lanes.part[k].sum();
       }
     }
   }
-  TRANSKD_INLINE double sum() const { return static_cast<double>(wide.sum()) + static_cast<double>(single); }
+  TRANSKD_INLINE double sum() const {
+    return static_cast<double>(wide.sum()) + static_cast<double>(half.sum()) + static_cast<double>(single);
+  }
 };
 
 }  // namespace transkd

@@ -45,12 +45,15 @@ struct Vector {
 
   // The sum of all elements, by halves.
   TRANSKD_INLINE T sum() const {
-    T values[kSize];
-    store(values);
-    for (int width = kSize / 2; width > 0; width /= 2) {
-      for (int k = 0; k < width; ++k) values[k] += values[k + width];
+    if constexpr (kSize == 1) {
+      return lanes[0];
+    } else {
+      Vector<T, Bytes / 2> low, high;
+      std::memcpy(&low.lanes, &lanes, Bytes / 2);
+      std::memcpy(&high.lanes, reinterpret_cast<const char*>(&lanes) + Bytes / 2, Bytes / 2);
+      low.lanes += high.lanes;
+      return low.sum();
     }
-    return values[0];
   }
 };
 
