@@ -200,3 +200,5 @@ def check_backward(grad: Tensor, total: Tensor, kept: Tensor, dtype: int) -> Non
             )
     if not 0 <= dtype < len(DTYPES):
         raise RuntimeError(f"seg_ce_bwd: expected a dtype code of 0 to {len(DTYPES) - 1}, got {dtype}")
+    if (DTYPES[dtype] == torch.float64) != (kept.dtype == torch.float64):
+        raise RuntimeError(f"seg_ce_bwd: expected a gradient of float64 for float64 only, got code {dtype}")

@@ -93,6 +93,7 @@ HCL_BN_CUDA_ASAN = (HCL_BN_ON_CPU, "-k", "test_sanitizers_find_nothing and nchw 
 HCL_BN_CUDA_MISALIGNED = (HCL_BN_ON_CPU, "-k", "test_misaligned_bases and nchw")
 HCL_BN_CUDA_OFFSET = (HCL_BN_ON_CPU, "-k", "test_a_large_mean and nchw")
 CWD_CPU = ("tests/test_cwd.py", "-k", "test_value_and_gradients and cpu and float32 and (2x8x3x4 or 1x5x17x25)")
+CWD_CPU_LARGE = ("tests/test_cwd.py", "-k", "larger_than_a_cache and cpu and channels_last")
 CWD_CPU_WIDE = ("tests/test_cwd.py", "-k", "test_value_and_gradients and cpu and float32 and 2x64x32x64")
 CWD_CPU_LONG = ("tests/test_cwd.py", "-k", "test_value_and_gradients and cpu and float32 and 1x2x30x5001")
 CWD_TRITON = "tests/test_kernels_triton_cwd.py"
@@ -378,7 +379,10 @@ MUTANTS = [
            "      t.load(tile.t + i);\n      add_entries",
            "    for (int64_t i = c; i < tile.rows * width - width; i += width) {\n      s.load(tile.s + i);\n"
            "      t.load(tile.t + i);\n      add_entries", CWD_CPU),
-    Mutant("cwd", "cpu", "unaligned vector", "csrc/cpu/cwd_loops.h",
+    Mutant("cwd", "cpu", "unaligned vector", "csrc/cpu/cwd_cpu.cpp",
+           "% 16 == 0 && stage.columns * sizeof(T) % 16 == 0;", "% 16 == 0;", CWD_CPU_LARGE,
+           "Fatal Python error: Segmentation fault"),
+    Mutant("cwd", "cpu", "zeros beside the last entries", "csrc/cpu/cwd_loops.h",
            "i < count ? from[i] : -std::numeric_limits<T>::infinity();", "i < count ? from[i] : T(0);", CWD_CPU),
     Mutant("cwd", "cpu", "old sums at their old scale", "csrc/cpu/cwd_loops.h",
            "s_sum.lanes *= s_old.lanes;", "", CWD_CPU_WIDE),
@@ -436,8 +440,10 @@ MUTANTS = [
            "    y = first if DOWN[0] else tl.maximum(first - 1, 0)", "    y = first",
            (SEG_CE_TRITON, "-k", "test_many_programs")),
     Mutant("seg_ce", "triton", "unaligned vector past a label row", "kernels/seg_ce.py",
-           "(row < last)[:, None] & (column < label_width)[None, :]", "(row < last)[:, None] & (column >= 0)[None, :]",
-           (SEG_CE_TRITON, "-k", "test_storage_types")),
+           "(column < label_width)[None, :]\n        at = ((sample * label_height + row) * label_width)[:, None]"
+           " + column[None, :]\n        found",
+           "(column >= 0)[None, :]\n        at = ((sample * label_height + row) * label_width)[:, None]"
+           " + column[None, :]\n        found", (SEG_CE_TRITON, "-k", "test_storage_types")),
     Mutant("seg_ce", "triton", "left neighbour of the first column", "kernels/seg_ce.py",
            "has_left = inside & (at // step % width > 0)", "has_left = inside & (at >= step)",
            (SEG_CE_TRITON, "-k", "test_only_the_tensors")),

@@ -53,7 +53,8 @@ def empty(folder):
 # env
 
 
-def test_env_lists_ops_and_reasons(capsys):
+def test_env_lists_ops_and_reasons(capsys, monkeypatch):
+    monkeypatch.delitem(backends._registry["cwd"], "triton")
     assert transkd("env") == 0
     out = capsys.readouterr().out
     assert out.startswith("transkd_fast ")
@@ -86,7 +87,7 @@ def test_module_is_the_command():
         [sys.executable, "-m", "transkd_fast", "env", "--json"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ops"].keys() >= {"csf", "cwd", "gl_mixer", "hcl", "pea", "seg_ce"}
+    assert json.loads(done.stdout)["ops"].keys() >= {"csf", "cwd", "gl_mixer", "hcl", "hcl_bn", "pea", "seg_ce"}
 
 
 # train and eval
@@ -184,7 +185,9 @@ def test_verify_agrees(tmp_path, capsys):
     assert transkd("verify", *overrides(tmp_path / "run")) == 0
     out = capsys.readouterr().out
     assert "verify: agree (" in out and "loss/hcl" in out and "images/s" in out and "MiB peak" in out
-    assert [line.split() for line in out.splitlines() if line.startswith("hcl ")] == [["hcl", "cpu", "1", "calls"]]
+    assert [line.split() for line in out.splitlines() if line.startswith("hcl_bn ")] == [
+        ["hcl_bn", "cpu", "1", "calls"]
+    ]
     assert not (tmp_path / "run").exists()
 
 
@@ -192,7 +195,7 @@ def test_verify_agrees(tmp_path, capsys):
 def test_verify_names_the_backend_of_every_op(variant, tmp_path, capsys):
     assert transkd("verify", *overrides(tmp_path / "run", distill__variant=variant)) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("calls")]
-    fused = {"csf": "3", "hcl": "1", "pea": "1"} | ({"gl_mixer": "1"} if variant == "gl" else {})
+    fused = {"csf": "3", "hcl_bn": "1", "pea": "1", "seg_ce": "1"} | ({"gl_mixer": "1"} if variant == "gl" else {})
     assert {op: number for op, backend, number, _ in lines if backend == "cpu"}.items() >= fused.items()
     assert not fused.keys() & {op for op, backend, *_ in lines if backend != "cpu"}
 
@@ -206,12 +209,12 @@ def test_verify_prints_every_tensor_when_asked(tmp_path, capsys):
 
 
 def test_verify_disagrees(tmp_path, capsys, monkeypatch):
-    kernel = torch.ops.transkd_fast.hcl_bwd
+    kernel = torch.ops.transkd_fast.hcl_bn_bwd
 
     def wrong(*arguments):
         return [1.01 * gradient for gradient in kernel(*arguments)]
 
-    monkeypatch.setattr(torch.ops.transkd_fast, "hcl_bwd", wrong)
+    monkeypatch.setattr(torch.ops.transkd_fast, "hcl_bn_bwd", wrong)
     assert transkd("verify", *overrides(tmp_path / "run")) == 1
     out = capsys.readouterr().out
     assert "verify: DISAGREE (" in out
@@ -224,7 +227,7 @@ def test_verify_without_a_fused_kernel(tmp_path, capsys):
 
 
 def test_verify_with_a_backend_that_cannot_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(backends._registry["hcl"], "cpu")
+    monkeypatch.delitem(backends._registry["hcl_bn"], "cpu")
     assert "backend='cpu' cannot run: no kernel" in refused(
         capsys, "verify", *overrides(tmp_path / "run", backend="cpu")
     )

@@ -64,7 +64,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
             "distill.feature_loss=null", "distill.feature_weight=0.5", "distill.feature_stage_weights=[1,2,3,4]",
             "distill.embeddings=[2,4]", "distill.embedding_weight=0.25", "distill.embedding_stage_weights=[4,3,2,1]",
             "distill.temperature=4", "distill.feature_level_weights=[1,0,2]", "distill.logits=true",
-            "distill.logit_weight=0.5", "distill.logit_temperature=3", "legacy.quarter_labels=true",
+            "distill.logit_weight=0.5", "distill.logit_temperature=3", "distill.resize_student=true", "legacy.quarter_labels=true",
             "verify.batches=5", "verify.batch_size=6", "verify.limit_fp32=1e-6", "verify.limit_bf16=0.125",
             "verify.precision=fp32",
         ],

@@ -112,7 +112,12 @@ class TestCWD(OpChecks):
         inputs = self.op.make(self.op.odd, layout=layout, backend=backend)
         self.op.check(inputs, backend, call=partial(call, temperature=temperature))
 
-    @each("temperature layout", list(itertools.product((20.0, 500.0), CWD.layouts)), few=[(20.0, "nchw")])
+    @each("shape layout", list(itertools.product([(1, 64, 190, 192), (1, 65, 190, 193)], CWD.layouts)), few=[])
+    def test_maps_larger_than_a_cache(self, shape, layout, backend):
+        """Above 8 MB the CPU kernel stores past the cache, where 16 bytes fit."""
+        self.op.check(self.op.make(shape, layout=layout, backend=backend), backend)
+
+    @each("temperature layout", list(itertools.product((20.0, 50.0), CWD.layouts)), few=[(20.0, "nchw")])
     def test_high_temperatures(self, temperature, layout, backend):
         """Both softmaxes are nearly the same there: what is left of them is as exact as they are."""
         inputs = self.op.make(self.op.odd, layout=layout, backend=backend)
@@ -287,6 +292,7 @@ BAD = {
     "zero temperature": ((ZEROS,) * 2, {"temperature": 0.0}, ValueError, "temperature"),
     "negative temperature": ((ZEROS,) * 2, {"temperature": -1.0}, ValueError, "temperature"),
     "infinite temperature": ((ZEROS,) * 2, {"temperature": torch.inf}, ValueError, "temperature"),
+    "temperature no number": ((ZEROS,) * 2, {"temperature": torch.tensor(1.0)}, ValueError, "temperature"),
     "device": ((ZEROS, torch.zeros(2, 3, 4, 4, device="meta")), {}, ValueError, "on cpu"),
 }
 

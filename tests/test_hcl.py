@@ -276,6 +276,7 @@ def test_float64_beside_float32_is_passed_over_and_refused():
             ValueError,
             r"stage 2: expected teacher .* \[1, 2, 4, 4\]",
         ),
+        ([(1, 2, 4, 4)], [(1, 2, 4, 4)], ("x",), ValueError, "stage_weights to be finite numbers"),
         ([(2, 4, 4)], [(2, 4, 4)], None, ValueError, r"stage 1: expected student to have shape \[B, C, H, W\]"),
         ([(0, 2, 4, 4)], [(0, 2, 4, 4)], None, ValueError, "at least one element"),
     ],
@@ -287,6 +288,13 @@ def test_bad_shapes(students, teachers, weights, error, message):
 
 def test_bad_types():
     maps = torch.zeros(1, 2, 4, 4)
+    for resize in (False, True):
+        with pytest.raises(TypeError, match="hcl_loss: stage 1: expected teacher to be a tensor, got None"):
+            hcl_loss([maps], [None], resize_student=resize)
+        with pytest.raises(TypeError, match="hcl_loss: stage 1: expected student to be float16"):
+            hcl_loss([maps.int()], [torch.zeros(1, 2, 6, 6)], resize_student=resize)
+        with pytest.raises(ValueError, match="hcl_loss: stage 1: expected student to have at least one element"):
+            hcl_loss([maps[:0]], [torch.zeros(0, 2, 6, 6)], resize_student=resize)
     with pytest.raises(TypeError, match=r"expected teacher to be float16, .*got torch.int64"):
         hcl_stage(maps, maps.long())
     with pytest.raises(TypeError, match="expected student to be a tensor, got list"):

@@ -182,7 +182,7 @@ class TestHCLBN(OpChecks):
 
         def one_by_one(inputs, backend):
             alone = [
-                hcl_bn_loss([inputs[f"u {m}"]], [inputs[f"teacher {m}"]], [norm(inputs, m)], None, levels, "eager")
+                hcl_bn_loss([inputs[f"u {m}"]], [inputs[f"teacher {m}"]], [norm(inputs, m)], None, "eager", levels)
                 for m in range(3)
             ]
             return sum(w * loss for w, loss in zip((0.1, 0.5, 2.0), alone, strict=True))
@@ -254,6 +254,14 @@ BAD = {
     "a module": (([MAPS], [MAPS], [nn.BatchNorm2d(3)]), {}, TypeError, "expected bn to be a BatchNorm"),
     "single value": (([MAPS[:1, :, :1, :1]],) * 2 + ([BN],), {}, ValueError, "more than 1 value per channel in u"),
     "statistics twice": (([MAPS] * 2, [MAPS] * 2, [BN] * 2), {}, ValueError, "running statistics of its own for every"),
+    "one running variance": (
+        ([MAPS] * 2, [MAPS] * 2, [BN, BN._replace(running_mean=torch.zeros(3))]),
+        {},
+        ValueError,
+        "running statistics of its own for every",
+    ),
+    "momentum": (([MAPS], [MAPS], [BN._replace(momentum=-0.5)]), {}, ValueError, r"bn.momentum to be in \[0, 1\]"),
+    "stage weights": (([MAPS], [MAPS], [BN], [torch.nan]), {}, ValueError, "stage_weights to be finite numbers"),
     "levels": (([MAPS], [MAPS], [BN]), {"level_weights": (1, 2)}, ValueError, "level_weights to be 3 finite"),
 }
 

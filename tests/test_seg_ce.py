@@ -269,13 +269,14 @@ LOGITS, LABELS = torch.zeros(2, 5, 3, 4), torch.zeros(2, 8, 12, dtype=torch.long
 BAD = {
     "label too large": ((LOGITS, LABELS + 5), ValueError, r"labels in \[0, 5\) or ignore_index 255, got 5 \(192 pix"),
     "negative label": ((LOGITS, LABELS - 1), ValueError, "got -1"),
-    "labels of floats": ((LOGITS, LABELS.float()), TypeError, "expected labels to be an integer tensor"),
+    "labels of floats": ((LOGITS, LABELS.float()), TypeError, "expected labels to be a tensor of uint8, int16"),
     "labels no tensor": ((LOGITS, None), TypeError, "got NoneType"),
     "labels' batch": ((LOGITS, LABELS[:1]), ValueError, r"expected labels to have shape \[2, H, W\]"),
     "one-hot labels": ((LOGITS, LABELS[:, None]), ValueError, "expected labels"),
     "logits without a batch": ((LOGITS[0], LABELS), ValueError, "expected logits"),
     "logits of integers": ((LOGITS.long(), LABELS), TypeError, "expected logits"),
     "weight's length": ((LOGITS, LABELS, torch.ones(4)), ValueError, "expected weight"),
+    "ignore_index no number": ((LOGITS, LABELS, None, 255.5), ValueError, "whole number outside the classes"),
     "ignore_index a class": (
         (LOGITS, LABELS, None, 4),
         ValueError,
@@ -295,7 +296,7 @@ def test_bad_input(args, error, message, backend):
             function(*args)
 
 
-@pytest.mark.parametrize("size", [(0, 4), (4,), (4, -1)])
+@pytest.mark.parametrize("size", [(0, 4), (4,), (4, -1), 5, (2.5, 3)])
 def test_predicting_at_a_bad_size(size):
     with pytest.raises(ValueError, match="seg_predict: expected size"):
         seg_predict(LOGITS, size)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from transkd_fast.models import StageOutputs, segformer_b0
+from transkd_fast.nn import HCLLoss
 from transkd_fast.reference import legacy
 from transkd_fast.reference.hcl import hcl
 from transkd_fast.transkd import TransKD
@@ -280,6 +281,48 @@ def test_losses_are_those_of_the_maps():
 class Twice(nn.BatchNorm2d):
     def forward(self, input):
         return 2 * super().forward(input)
+
+
+class TwiceHCL(HCLLoss):
+    def forward(self, student_maps, teacher_maps):
+        return 2 * super().forward(student_maps, teacher_maps)
+
+
+def double(module, inputs, output):
+    return 2 * output
+
+
+HOOKED = {
+    "the last norm": lambda model: model.skfs[0].conv2[1],
+    "its convolution": lambda model: model.skfs[2].conv2,
+    "a stage's pre-hook": lambda model: model.skfs[1].conv2[1],
+}
+
+
+@pytest.mark.parametrize("where", HOOKED)
+def test_hooks_of_the_last_norms_run(where):
+    teacher, model = outputs(TEACHER, seed=1), small(embeddings=())
+    module = HOOKED[where](model)
+    if "pre-hook" in where:
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 3 * inputs[0].abs(),))
+    else:
+        module.register_forward_hook(double)
+    twin = copy.deepcopy(model)
+    maps = twin.skfs(twin.student.outputs.features)
+    expected = sum(hcl(s, t) for s, t in zip(maps, teacher.features, strict=True))
+    torch.testing.assert_close(model(IMAGES, teacher).losses["hcl"], expected, rtol=1e-5, atol=0)
+
+
+def test_a_criterion_of_another_class_or_with_hooks_is_called():
+    teacher = outputs(TEACHER, seed=1)
+    model, other, hooked = (small(embeddings=()) for _ in range(3))
+    other.criterion = TwiceHCL()
+    hooked.criterion.register_forward_hook(double)
+    losses = []
+    for each in (model, other, hooked):
+        each.load_state_dict(model.state_dict())
+        losses.append(each(IMAGES, teacher).losses["hcl"])
+    torch.testing.assert_close(losses[1:], [2 * losses[0]] * 2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("mode", ("training", "frozen", "eval", "another class"))

@@ -204,15 +204,18 @@ class TransKD(nn.Module):
 
     def _feature_loss(self, csf: CSF, features: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         one_size = all(ours.shape[2:] == theirs.shape[2:] for ours, theirs in zip(features, teacher, strict=True))
-        if not isinstance(self.criterion, HCLLoss) or not one_size or not csf.foldable:
-            return self.criterion(csf(features), teacher)
+        # A criterion of another class, or one with hooks, is to be called.
+        criterion = self.criterion
+        plain = type(criterion) is HCLLoss and not (criterion._forward_hooks or criterion._forward_pre_hooks)
+        if not isinstance(criterion, HCLLoss) or not plain or not one_size or not csf.foldable:
+            return criterion(csf(features), teacher)
         us, bns, process_group, samples = csf.branches(features)
         return functional.hcl_bn_loss(
             us,
             teacher,
             bns,
-            self.criterion.stage_weights,
-            self.criterion.level_weights,
+            criterion.stage_weights,
+            level_weights=criterion.level_weights,
             process_group=process_group,
             samples=samples,
         )
@@ -336,7 +339,7 @@ class TransKD(nn.Module):
             if theirs.shape != ours.shape:
                 raise ValueError(
                     f"TransKD: expected the teacher's logits to have shape {list(ours.shape)} like the student's, got"
-                    f" {list(theirs.shape)}; both must know the same classes"
+                    f" {list(theirs.shape)}; both must know the same classes and see the same images at the same size"
                 )
             return
         free = {"features": (1, 2, 3) if self.resize_student else (1,), "embeddings": (2,)}[kind]

@@ -23,7 +23,10 @@ using cuda_on_cpu::Array;
 using cuda_on_cpu::Results;
 using cuda_on_cpu::Type;
 using cuda_on_cpu::type_of;
+using transkd::BatchNorm;
+using transkd::Norm;
 using transkd::StorageType;
+using transkd::Values;
 using namespace transkd::csf;
 
 constexpr int kParameters = 9;

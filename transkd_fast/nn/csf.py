@@ -104,8 +104,15 @@ class CSF(nn.ModuleList):
 
     @property
     def foldable(self) -> bool:
-        """Whether the last batch norms are of classes whose arithmetic `branches` can hand on."""
-        return all(type(norm) in LAST_NORMS for norm in self._last_norms())
+        """Whether `branches` says all that `forward` does: known classes of last norms, one group, no hooks."""
+        norms = self._last_norms()
+        stages: Any = self
+        called = [self, *stages, *(stage.conv2 for stage in stages), *norms]
+        return (
+            all(type(norm) in LAST_NORMS for norm in norms)
+            and len(_groups(norms)) <= 1
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in called)
+        )
 
     def branches(self, maps: Sequence[Tensor]) -> Branches:
         """Fuses the maps of all stages, up to the batch norms with which `forward` would end.
@@ -117,11 +124,11 @@ class CSF(nn.ModuleList):
             What is to be normalised and how (see `Branches`).
 
         Raises:
-            TypeError: If they are not `foldable`.
+            TypeError: If the last batch norms are of other classes.
             ValueError: As `forward`, or if the last batch norms are not synchronised over the same processes.
         """
         norms = self._last_norms()
-        if not self.foldable:
+        if not all(type(norm) in LAST_NORMS for norm in norms):
             raise TypeError(
                 "CSF: expected the last batch norms to be BatchNorm2d or SyncBatchNorm, got"
                 f" {', '.join(type(norm).__name__ for norm in norms)}; call the module for its maps"
@@ -218,10 +225,13 @@ class _Stage(nn.Module):
         return _one_group(self._batch_norms(), "the batch norms of conv1 and fc") if hasattr(self, "fc") else None
 
 
+def _groups(norms: Sequence[_BatchNorm]) -> set[ProcessGroup | None]:
+    return {synchronised_over(bn) for bn in norms if bn.training or bn.running_mean is None}
+
+
 def _one_group(norms: Sequence[_BatchNorm], which: str) -> ProcessGroup | None:
     """Finds the processes over which batch norms take their statistics now; None for this one alone."""
-    norms = [bn for bn in norms if bn.training or bn.running_mean is None]
-    groups = {synchronised_over(bn) for bn in norms}
+    groups = _groups(norms)
     if len(groups) > 1:
         raise ValueError(
             f"CSF: expected {which} to be synchronised over the same processes, got"

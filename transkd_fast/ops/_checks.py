@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -140,6 +141,21 @@ def check_length(op: str, name: str, values: Sequence[object], length: int, like
         raise ValueError(f"{op}: expected {name} to have {length} entries like {like}, got {len(values)}")
 
 
+def check_weights(op: str, name: str, weights: Sequence[float]) -> None:
+    """Checks that factors of a loss's stages are finite numbers.
+
+    Args:
+        op: Name of the op, for the message.
+        name: Name of the argument, for the message.
+        weights: The argument.
+
+    Raises:
+        ValueError: If one is no number, or not finite.
+    """
+    if not all(isinstance(weight, (int, float)) and -math.inf < weight < math.inf for weight in weights):
+        raise ValueError(f"{op}: expected {name} to be finite numbers, got {list(weights)}")
+
+
 def check_batch_norm(op: str, name: str, bn: BatchNorm, channels: int, device: torch.device) -> None:
     """Checks a batch norm's parameters and running statistics against the number of channels.
 
@@ -168,6 +184,8 @@ def check_batch_norm(op: str, name: str, bn: BatchNorm, channels: int, device: t
                 raise ValueError(f"{op}: expected {name}.{field} on {device}, got {tensor.device}; move it with .to()")
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(f"{op}: expected {name} to have both running_mean and running_var or neither, got one")
+    if bn.momentum is not None and not 0 <= bn.momentum <= 1:
+        raise ValueError(f"{op}: expected {name}.momentum to be in [0, 1], or None, got {bn.momentum}")
     if not bn.training or bn.running_mean is None or bn.running_var is None:
         return
     for field, tensor in (("running_mean", bn.running_mean), ("running_var", bn.running_var)):

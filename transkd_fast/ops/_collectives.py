@@ -24,7 +24,9 @@ def size_of(group: ProcessGroup) -> int:
     return dist.get_world_size(group)
 
 
-def samples_of(shapes: Sequence[Sequence[int]], group: ProcessGroup, device: torch.device) -> tuple[int, ...]:
+def samples_of(
+    shapes: Sequence[Sequence[int]], group: ProcessGroup, device: torch.device, op: str = "csf"
+) -> tuple[int, ...]:
     """Asks all processes for their batch sizes, and whether their maps are of one size.
 
     One small all-gather, read on the host: through the group's CPU backend if it has one (gloo, or
@@ -34,6 +36,7 @@ def samples_of(shapes: Sequence[Sequence[int]], group: ProcessGroup, device: tor
         shapes: Shapes [B, M, H, W] of this process's maps, of one batch.
         group: The processes.
         device: The maps' device.
+        op: Name of the op, for the message.
 
     Returns:
         The batch size of every process, in the order of their ranks in the group.
@@ -52,23 +55,24 @@ def samples_of(shapes: Sequence[Sequence[int]], group: ProcessGroup, device: tor
     sizes = [list(zip(row[1::2], row[2::2], strict=True)) for row in rows]
     if any(size != sizes[0] for size in sizes):
         raise ValueError(
-            f"csf: expected maps of one size on all processes, got {sizes} in the order of ranks; give every process"
+            f"{op}: expected maps of one size on all processes, got {sizes} in the order of ranks; give every process"
             " images of one size"
         )
     if min(samples) == 0:
         raise ValueError(
-            f"csf: expected at least one sample on every process, got batches of {list(samples)} in the order of ranks"
+            f"{op}: expected at least one sample on every process, got batches of {list(samples)} in the order of ranks"
         )
     return samples
 
 
-def check_samples(samples: Sequence[int], batch: int, group: ProcessGroup) -> None:
+def check_samples(samples: Sequence[int], batch: int, group: ProcessGroup, op: str = "csf") -> None:
     """Checks batch sizes that a caller gives.
 
     Args:
         samples: Batch sizes of all processes.
         batch: That of this one.
         group: The processes.
+        op: Name of the op, for the message.
 
     Raises:
         ValueError: If there are not as many as processes, or this one's is another.
@@ -76,7 +80,7 @@ def check_samples(samples: Sequence[int], batch: int, group: ProcessGroup) -> No
     size, rank = size_of(group), dist.get_rank(group)
     if len(samples) != size or samples[rank] != batch:
         raise ValueError(
-            f"csf: expected samples to hold the batch sizes of {size} processes, {batch} for rank {rank}, got"
+            f"{op}: expected samples to hold the batch sizes of {size} processes, {batch} for rank {rank}, got"
             f" {list(samples)}"
         )
 

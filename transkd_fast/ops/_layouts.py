@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transkd_fast.ops._checks import check_given, check_not_empty
+from transkd_fast.reference._common import compute_dtype, without_autocast
+
 
 def is_channels_last(maps: Tensor) -> bool:
     """Says whether a map [B, C, H, W] lies channels-last in memory and not NCHW as well."""
@@ -34,20 +37,27 @@ def resized(op: str, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> 
         teachers: One map [B, C_m, H'_m, W'_m] per stage.
 
     Returns:
-        The maps [B, C_m, H'_m, W'_m]; one that has the size is returned as it is.
+        The maps [B, C_m, H'_m, W'_m], resized ones at least in float32; one that has the size is returned as it is.
 
     Raises:
-        ValueError: If one of a pair is no map.
+        TypeError: If one is no floating tensor.
+        ValueError: If one of a pair is no map, or empty.
     """
     result = []
     for stage, (student, teacher) in enumerate(zip(students, teachers, strict=True), start=1):
+        name = f"{op}: stage {stage}"
+        check_given(name, student=student, teacher=teacher)
+        check_not_empty(name, "student", student)
+        check_not_empty(name, "teacher", teacher)
         if student.dim() != 4 or teacher.dim() != 4:
             raise ValueError(
-                f"{op}: stage {stage}: expected maps [B, C, H, W] to resize, got shapes {list(student.shape)} and"
+                f"{name}: expected maps [B, C, H, W] to resize, got shapes {list(student.shape)} and"
                 f" {list(teacher.shape)}"
             )
         size = (teacher.shape[2], teacher.shape[3])
         if student.shape[2:] != size:
-            student = F.interpolate(student, size=size, mode="bilinear", align_corners=False)
+            with without_autocast(student):
+                student = student.to(compute_dtype(student))
+                student = F.interpolate(student, size=size, mode="bilinear", align_corners=False)
         result.append(student)
     return result

@@ -24,10 +24,7 @@ OP = "csf"
 
 
 def _same_precision(tensors: Sequence[Tensor]) -> str | None:
-    z, y = tensors[:2]
-    if (z.dtype == torch.float64) != (y.dtype == torch.float64):
-        return "float64 maps do not mix with other dtypes in this kernel"
-    return None
+    return _checks.same_precision(tensors[:2])  # z and y; the parameters may have any dtype
 
 
 backends.register_op(OP)

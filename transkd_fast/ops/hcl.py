@@ -193,6 +193,7 @@ def hcl_loss(
     _checks.check_length("hcl_loss", "teacher_maps", teacher_maps, len(student_maps), "student_maps")
     weights = [1.0] * len(student_maps) if stage_weights is None else list(stage_weights)
     _checks.check_length("hcl_loss", "stage_weights", weights, len(student_maps), "student_maps")
+    _checks.check_weights("hcl_loss", "stage_weights", weights)
     check_level_weights("hcl_loss", level_weights)
     if resize_student:
         student_maps = resized("hcl_loss", student_maps, teacher_maps)
@@ -219,7 +220,7 @@ def check_level_weights(op: str, level_weights: Sequence[float]) -> None:
 
 
 def _check_stage(name: str, student: Tensor, teacher: Tensor, advice: str = "") -> None:
-    _checks.check_floating(name, student=student, teacher=teacher)
+    _checks.check_given(name, student=student, teacher=teacher)
     _checks.check_shape(name, "student", student, "B", "C", "H", "W")
     _checks.check_not_empty(name, "student", student)
     if teacher.shape[2:] != student.shape[2:] and teacher.shape[:2] == student.shape[:2]:

@@ -151,7 +151,7 @@ class _HCLBN(torch.autograd.Function):
         need_u, _, need_affine = _split(ctx.needs_input_grad[1 : 1 + 4 * stages], stages)
         wanted = [w for m in range(stages) for w in (need_u[m], need_affine[2 * m], need_affine[2 * m + 1])]
         with torch.no_grad():
-            if call.group is not None:
+            if call.group is not None and any(norm != RUNNING for norm in call.norms):
                 means = _collectives.mean_over([s.sum(dim=0) * grad for s in sums], list(saved), call.group)
             gradients = iter(
                 _registration.raw_op("hcl_bn_bwd", call.backend)(
@@ -205,8 +205,8 @@ def hcl_bn_loss(
     teacher_maps: Sequence[Tensor],
     bns: Sequence[BatchNorm],
     stage_weights: Sequence[float] | None = None,
-    level_weights: Sequence[float] = LEVEL_WEIGHTS,
     backend: str | None = None,
+    level_weights: Sequence[float] = LEVEL_WEIGHTS,
     process_group: ProcessGroup | None = None,
     samples: Sequence[int] | None = None,
 ) -> Tensor:
@@ -218,11 +218,11 @@ def hcl_bn_loss(
         teacher_maps: the same shapes; their dtype may differ. No gradient flows into them.
         bns: one batch norm over C_m channels per stage; running statistics are updated in place in training.
         stage_weights: one factor per stage; default 1 each (the published alternative is 0.1, 0.1, 0.5, 1).
-        level_weights: weights of the pooled levels (see :func:`hcl_loss`).
         backend: see :mod:`transkd_fast.backends`.
+        level_weights: weights of the pooled levels (see :func:`hcl_loss`).
         process_group: processes over whose batches together the batch norms take their statistics; default: this
-            process alone. The loss is this process's; gradients of the parameters are its share, to be summed over
-            the group.
+            process alone. Each of them calls with at least one sample, and with maps of one size. The loss is this
+            process's; gradients of the parameters are its share, to be summed over the group.
         samples: batch sizes of the group's processes in the order of ranks; default: asked of them, which waits for
             the device. Only the eager backend needs them.
 
@@ -244,11 +244,12 @@ def hcl_bn_loss(
     _checks.check_length("hcl_bn_loss", "bns", bns, len(us), "us")
     weights = [1.0] * len(us) if stage_weights is None else list(stage_weights)
     _checks.check_length("hcl_bn_loss", "stage_weights", weights, len(us), "us")
+    _checks.check_weights("hcl_bn_loss", "stage_weights", weights)
     check_level_weights("hcl_bn_loss", level_weights)
     for stage, (u, teacher, bn) in enumerate(zip(us, teacher_maps, bns, strict=True), start=1):
         _check_stage(f"hcl_bn_loss: stage {stage}", u, teacher, bn, process_group)
-    tracked = [id(bn.running_mean) for bn in bns if bn.training and bn.running_mean is not None]
-    if len(set(tracked)) < len(tracked):
+    tracked = [bn[2:4] for bn in bns if bn.training and bn.running_mean is not None]
+    if any(len({id(t) for t in statistics}) < len(tracked) for statistics in zip(*tracked, strict=True)):
         raise ValueError("hcl_bn_loss: expected running statistics of its own for every stage, got one for several")
     chosen = backends.choose(OP, (*us, *teacher_maps), backend)
     if process_group is not None and _collectives.size_of(process_group) == 1:
@@ -257,8 +258,8 @@ def hcl_bn_loss(
         joining = None
         if process_group is not None:
             if samples is None:
-                samples = _collectives.samples_of([u.shape for u in us], process_group, us[0].device)
-            _collectives.check_samples(samples, us[0].shape[0], process_group)
+                samples = _collectives.samples_of([u.shape for u in us], process_group, us[0].device, OP)
+            _collectives.check_samples(samples, us[0].shape[0], process_group, OP)
             joining = _collectives.joining(samples, process_group)
         stages = zip(weights, us, teacher_maps, bns, strict=True)
         return torch.stack([w * hcl_bn_reference(u, t, bn, level_weights, joining) for w, u, t, bn in stages]).sum()

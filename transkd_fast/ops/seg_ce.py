@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,14 +110,14 @@ def seg_ce(
 ) -> SegCE:
     """Class-weighted mean cross-entropy of the bilinearly upsampled logits, which are never stored, and pixel counts.
 
-    The mean divides by the summed weights of the labelled pixels; where that sum is 0 (every pixel ignored), the loss
-    and its gradient are 0.
+    The mean divides by the summed weights of the labelled pixels; where that sum is not above 0 (every pixel ignored),
+    the loss and its gradient are 0.
 
     Args:
         logits: class scores, [B, K, h, w], any floating dtype, NCHW or channels-last.
-        labels: class indices in [0, K) or `ignore_index`, [B, H, W] of any size, integer dtype. Pixels of any other
-            value are left out and counted; on the CPU they are an error, on a GPU, where looking would stall it,
-            look at ``counts[3]``.
+        labels: class indices in [0, K) or `ignore_index`, [B, H, W] of any size; uint8, int16, int32 or int64. Pixels
+            of any other value are left out and counted; on the CPU they are an error. On a GPU, where asking would
+            stall it, and inside a compiled graph look at ``counts[3]``.
         weight: class weights, [K], or None for 1 each; no gradient flows into them.
         ignore_index: label of pixels that do not count, outside [0, K); default 255.
         backend: see :mod:`transkd_fast.backends`.
@@ -159,7 +160,7 @@ def seg_ce_loss(
 
     Args:
         logits: class scores, [B, K, h, w], any floating dtype, NCHW or channels-last.
-        labels: class indices in [0, K) or `ignore_index`, [B, H, W] of any size, integer dtype.
+        labels: class indices in [0, K) or `ignore_index`, [B, H, W] of any size; uint8, int16, int32 or int64.
         weight: class weights, [K], or None for 1 each; no gradient flows into them.
         ignore_index: label of pixels that do not count, outside [0, K); default 255.
         backend: see :mod:`transkd_fast.backends`.
@@ -200,8 +201,8 @@ def seg_predict(logits: Tensor, size: tuple[int, int], backend: str | None = Non
     _checks.check_given("seg_predict", logits=logits)
     _checks.check_shape("seg_predict", "logits", logits, "B", "K", "h", "w")
     _checks.check_not_empty("seg_predict", "logits", logits)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"seg_predict: expected size to be height and width in pixels, got {tuple(size)}")
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"seg_predict: expected size to be height and width in pixels, got {size}")
     chosen = backends.choose(OP, [logits], backend)
     if chosen == "eager":
         return reference.seg_predict(logits, *size)
@@ -214,7 +215,9 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: 
     _checks.check_floating(OP, logits=logits, weight=weight)
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"seg_ce: expected labels to be an integer tensor of class indices, got {got}")
+        raise TypeError(
+            f"seg_ce: expected labels to be a tensor of uint8, int16, int32 or int64 class indices, got {got}"
+        )
     _checks.check_shape(OP, "logits", logits, "B", "K", "h", "w")
     batch, classes = logits.shape[:2]
     _checks.check_shape(OP, "labels", labels, batch, "H", "W")
@@ -224,10 +227,10 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: 
         raise ValueError(f"seg_ce: expected labels on {logits.device} like logits, got {labels.device}")
     if weight is not None:
         _checks.check_shape(OP, "weight", weight, classes)
-    if 0 <= ignore_index < classes:
+    if not isinstance(ignore_index, int) or 0 <= ignore_index < classes:
         raise ValueError(
-            f"seg_ce: expected ignore_index outside the classes [0, {classes}), got {ignore_index}; a class that is"
-            " not to count gets weight 0"
+            f"seg_ce: expected ignore_index to be a whole number outside the classes [0, {classes}), got"
+            f" {ignore_index}; a class that is not to count gets weight 0"
         )
 
 

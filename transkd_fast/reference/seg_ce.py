@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transkd_fast.reference._common import as_dtype, compute_dtype, without_autocast
+from transkd_fast.reference._common import compute_dtype, without_autocast
 
 
 def seg_ce(
@@ -14,8 +14,8 @@ def seg_ce(
 ) -> tuple[Tensor, Tensor]:
     """Computes the class-weighted mean cross-entropy of the bilinearly upsampled logits, and counts pixels.
 
-    The mean divides by the summed weights of the labelled pixels; where that sum is 0 (every pixel ignored), the loss
-    and its gradient are 0.
+    The mean divides by the summed weights of the labelled pixels; where that sum is not above 0 (every pixel
+    ignored), the loss and its gradient are 0.
 
     Args:
         logits: Class scores, shape [B, K, h, w], any floating dtype.
@@ -31,7 +31,7 @@ def seg_ce(
     Source: TransKD section III-A; interpolation with align_corners=False.
     """
     dtype = compute_dtype(logits)
-    weight = as_dtype(weight, dtype)
+    weight = None if weight is None else weight.detach().to(dtype)
     with without_autocast(logits):
         scores = _at_size(logits, labels.shape[1], labels.shape[2])
         labels = labels.long()
@@ -42,7 +42,8 @@ def seg_ce(
         total = valid.sum(dtype=dtype) if weight is None else (weight[labels.where(valid, 0)] * valid).sum()
         right = scores.argmax(dim=1) == labels  # which is -1 where the pixel does not count
         counts = torch.stack([valid.sum(), right.sum(), ignored.sum(), (~valid & ~ignored).sum()])
-        return summed / torch.where(total > 0, total, torch.ones_like(total)), counts
+        nothing = total <= 0
+        return (summed / total.masked_fill(nothing, 1)).masked_fill(nothing, 0), counts
 
 
 def seg_predict(logits: Tensor, height: int, width: int) -> Tensor:

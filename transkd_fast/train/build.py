@@ -207,6 +207,7 @@ def build_transkd(config: Config, student: Network, teacher: Network) -> TransKD
             embedding_weights=settings.embedding_stage_weights,
             temperature=settings.temperature,
             level_weights=settings.feature_level_weights,
+            resize_student=settings.resize_student,
             logits=settings.logits,
             logit_temperature=settings.logit_temperature,
         )

@@ -132,6 +132,7 @@ class DistillConfig:
         embedding_stage_weights: factor per stage in it, fine to coarse.
         temperature: of "cwd".
         feature_level_weights: of "hcl": factor per pooled level, 4 x 4, 2 x 2, 1 x 1; the full size has 1.
+        resize_student: resize CSF's maps to the teacher's where they differ in height or width, instead of refusing.
         logits: distil class scores too; the teacher then runs with its decoder.
         logit_weight: factor of the loss between class scores.
         logit_temperature: temperature of that loss.
@@ -149,6 +150,7 @@ class DistillConfig:
     embedding_stage_weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.5, 1.0])
     temperature: float = 1.0
     feature_level_weights: list[float] = field(default_factory=lambda: list(LEVEL_WEIGHTS))
+    resize_student: bool = False
     logits: bool = False
     logit_weight: float = 1.0
     logit_temperature: float = 1.0

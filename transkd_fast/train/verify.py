@@ -27,7 +27,7 @@ from transkd_fast import backends
 from transkd_fast.train import build
 from transkd_fast.train.config import Config
 from transkd_fast.train.memory import peak_memory
-from transkd_fast.train.tasks import DistillationTask
+from transkd_fast.train.tasks import DistillationTask, TrainingError
 
 VANISHING = 1e-10  # of the largest gradient: what fp64 rounding leaves of a gradient that cancels exactly
 
@@ -132,6 +132,9 @@ def verify(task: DistillationTask, batches: list[Batch], config: Config) -> Veri
 
     Returns:
         The comparison.
+
+    Raises:
+        TrainingError: if a label is out of range.
     """
     precision = config.verify.precision or config.precision
     limit = config.verify.limit_fp32 if precision == "fp32" else config.verify.limit_bf16
@@ -154,6 +157,8 @@ def verify(task: DistillationTask, batches: list[Batch], config: Config) -> Veri
                     _larger(old[1], _difference(plain.get(name), true.get(name), largest)),
                 )
         measured = _measure([(checked, config.backend), (eager, "eager")], batches[0], precision)
+    if wrong := int(checked.cross_entropy.take_counts()[3]):  # which a GPU only counts
+        raise TrainingError(f"verify: expected labels that are classes or ignored, got {wrong} pixels out of range")
     rows = [Row(name, ours, theirs, limit) for name, (ours, theirs) in sorted(worst.items(), key=_losses_first)]
     return VerifyReport(precision, rows, runs, *measured)
 
