@@ -262,7 +262,7 @@ def hcl_of_normalised_maps_is_that_of_one_process(
         for u in us:
             u.requires_grad_()
         for _ in range(2):
-            loss = hcl_bn_loss(us, teachers, bns, weights, levels, **options)
+            loss = hcl_bn_loss(us, teachers, bns, weights, level_weights=levels, **options)
             (len(us[0]) / total * loss).backward()
         parameters = [t for bn in bns for t in bn[:2] if t is not None]
         return loss.detach(), [u.grad for u in us], [p.grad for p in parameters], [t for bn in bns for t in bn[2:5]]
