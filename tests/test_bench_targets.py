@@ -100,6 +100,11 @@ def test_a_share_of_a_copys_speed_is_judged_and_written_in_hundredths():
     assert verdict.verdict == "MISS"
 
 
+def test_a_limit_in_hundredths_is_written_with_them():
+    assert target(at_least=1.55).bound.endswith(">= 1.55x eager")
+    assert target(at_least=5).bound.endswith(">= 5.0x eager")
+
+
 def test_rows_with_default_malloc_are_judged_by_their_own_targets_only():
     tuned = [row("eager", 10.0, malloc="tuned"), row(ms=5.0, malloc="tuned")]
     default = [row("eager", 30.0, malloc="default"), row(ms=5.0, malloc="default")]

@@ -152,9 +152,17 @@ class Target:
     def holds(self, value: float) -> bool:
         return value >= self.at_least if self.at_least is not None else value <= self.at_most
 
+    @property
+    def number(self) -> float:
+        """The limit."""
+        return self.at_least if self.at_least is not None else self.at_most
+
     def written(self, value: float) -> str:
-        # A share of a copy's speed is judged in hundredths.
-        return f"{value:.2f}x" if self.against == "copy" else MEASURES[self.measure].format.format(value)
+        # A share of a copy's speed is judged in hundredths, as is a limit that has them: 1.55x is not 1.6x.
+        style = MEASURES[self.measure].format
+        if self.against == "copy" or (style == "{:.1f}x" and round(self.number, 1) != self.number):
+            style = "{:.2f}x"
+        return style.format(value)
 
     @property
     def case(self) -> str:
@@ -166,9 +174,9 @@ class Target:
     @property
     def bound(self) -> str:
         """What is promised, in words."""
-        sign, number = (">=", self.at_least) if self.at_least is not None else ("<=", self.at_most)
+        sign = ">=" if self.at_least is not None else "<="
         against = f" {TITLES[self.against]}" if self.against else ""
-        return f"{MEASURES[self.measure].words} {sign} {self.written(number)}{against}"
+        return f"{MEASURES[self.measure].words} {sign} {self.written(self.number)}{against}"
 
 
 @dataclass(frozen=True)
