@@ -246,8 +246,8 @@ def test_demo_fails_when_the_student_did_not_learn(tmp_path, capsys):
 
 
 def test_demo_succeeds_when_it_learnt_and_overwrites_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "DEMO_GAIN", -1.0)
-    monkeypatch.setattr(cli, "DEMO_CLASSES", 0)
+    monkeypatch.setattr(cli._training, "DEMO_GAIN", -1.0)
+    monkeypatch.setattr(cli._training, "DEMO_CLASSES", 0)
     assert transkd("demo", "--config", empty(tmp_path), *overrides(tmp_path / "run", fit__epochs=1)) == 0
     assert transkd("demo", "--config", empty(tmp_path), *overrides(tmp_path / "run", fit__epochs=1)) == 0
     assert capsys.readouterr().out.endswith(f" {tmp_path / 'run-2'}\n")
@@ -256,8 +256,8 @@ def test_demo_succeeds_when_it_learnt_and_overwrites_nothing(tmp_path, capsys, m
 
 @pytest.mark.parametrize(("row", "fused", "code"), [(Row("loss/ce", 1.0, 0.0, 0.1), 1, 1), (None, 0, 2)])
 def test_demo_passes_on_what_verify_found(row, fused, code, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "DEMO_GAIN", -1.0)
-    monkeypatch.setattr(cli, "DEMO_CLASSES", 0)
+    monkeypatch.setattr(cli._training, "DEMO_GAIN", -1.0)
+    monkeypatch.setattr(cli._training, "DEMO_CLASSES", 0)
     compare = run.verify_run
 
     def verify_run(config):

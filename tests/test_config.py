@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_run import pattern
 
-from transkd_fast.train.config import Config, ConfigError, load_config, save_config
+from transkd_fast.train.config import ConfigError, load_config, save_config
+from transkd_fast.train.settings import Config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 

@@ -368,7 +368,9 @@ def test_what_verify_prints_is_read(capsys):
 
     runs = {("hcl", "cuda"): 4, ("gl_mixer", "eager"): 2}
     losses = [Row("loss/hcl", 1e-7, 1e-7, 1e-4)]
-    cli._print_report(VerifyReport("fp32", losses, runs, Measurement(123.456, 2**20), Measurement(100.0, 2**21)), 4)
+    cli._tables.print_report(
+        VerifyReport("fp32", losses, runs, Measurement(123.456, 2**20), Measurement(100.0, 2**21)), 4
+    )
     output = capsys.readouterr().out
     assert steps.verify_numbers(output) == {
         "calls": {"hcl cuda": 4, "gl_mixer eager": 2},

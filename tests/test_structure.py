@@ -38,7 +38,7 @@ IMPORTS = {
     "data": ({"data"}, {"torch", "torchvision", "numpy", "PIL"}),
     "environment": ({*TRUTH, *CHOICE, *OPS}, {"torch"}),
     "train": ({*BELOW_TRAIN, "train"}, {"torch", "torchmetrics", "omegaconf", "tqdm", "numpy"}),
-    "cli": ({*BELOW_TRAIN, "train"}, {"torch"}),
+    "cli": ({*BELOW_TRAIN, "train", "cli"}, {"torch"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({*TRUTH, *CHOICE, *OPS, "nn", "transkd", "models.outputs"}, {"torch"}),
 }

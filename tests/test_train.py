@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import PolynomialLR
 from transkd_fast import functional, models
 from transkd_fast.train import ConfigError, TrainingError, build, train
 from transkd_fast.train.checkpoint import load_checkpoint
-from transkd_fast.train.config import FitConfig
 from transkd_fast.train.loop import Trainer, learning_rate
 from transkd_fast.train.memory import keep_freed_memory, peak_memory
+from transkd_fast.train.settings import FitConfig
 from transkd_fast.train.tasks import DistillationTask, LabelLoss, nearest_labels
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from transkd_fast import data, models
-from transkd_fast.train.config import Config, ConfigError, FitConfig, ModelConfig
+from transkd_fast.train.config import ConfigError
+from transkd_fast.train.settings import Config, FitConfig, ModelConfig
 from transkd_fast.train.tasks import DistillationTask
 from transkd_fast.transkd import TransKD
 

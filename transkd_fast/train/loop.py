@@ -21,8 +21,8 @@ from transkd_fast.data import IGNORE_INDEX, EpochSampler
 from transkd_fast.models import load_weights
 from transkd_fast.train.build import Log, autocast, derived_seed
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, save_checkpoint, write_text
-from transkd_fast.train.config import Config, FitConfig
 from transkd_fast.train.metrics import Scores, SegmentationMeter
+from transkd_fast.train.settings import Config, FitConfig
 from transkd_fast.train.tasks import DistillationTask, Task, TrainingError
 
 NAMED = 3  # of the weights that are not finite, in the message

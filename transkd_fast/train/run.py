@@ -17,10 +17,11 @@ from transkd_fast.data import DataError, SegmentationDataset
 from transkd_fast.train import build
 from transkd_fast.train.build import Log, Network
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, write_text
-from transkd_fast.train.config import Config, ConfigError, FitConfig, ModelConfig, load_config, save_config
+from transkd_fast.train.config import ConfigError, load_config, save_config
 from transkd_fast.train.loop import FitResult, Trainer, evaluate
 from transkd_fast.train.memory import keep_freed_memory
 from transkd_fast.train.metrics import Scores
+from transkd_fast.train.settings import Config, FitConfig, ModelConfig
 from transkd_fast.train.tasks import SegmentationTask, Task
 from transkd_fast.train.verify import VerifyReport, verify
 

@@ -25,8 +25,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from transkd_fast import backends
 from transkd_fast.train import build
-from transkd_fast.train.config import Config
 from transkd_fast.train.memory import peak_memory
+from transkd_fast.train.settings import Config
 from transkd_fast.train.tasks import DistillationTask, TrainingError
 
 VANISHING = 1e-10  # of the largest gradient: what fp64 rounding leaves of a gradient that cancels exactly
