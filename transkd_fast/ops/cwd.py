@@ -72,8 +72,10 @@ class _CWD(torch.autograd.Function):
         weights: tuple[float, ...],
         temperature: float,
         grad_enabled: bool,
-        *views: Tensor,
+        first: Tensor,
+        *others: Tensor,
     ) -> Tensor:
+        views = (first, *others)  # the first one by name: see _HCL
         stages = len(weights)
         loss, statistics = _registration.raw_op("cwd_fwd", backend)(
             views[:stages], views[stages:], dims, weights, temperature

@@ -86,8 +86,12 @@ class _HCL(torch.autograd.Function):
         weights: tuple[float, ...],
         level_weights: tuple[float, ...],
         grad_enabled: bool,
-        *maps: Tensor,
+        first: Tensor,
+        *others: Tensor,
     ) -> Tensor:
+        # The first one by name: where no gradient is asked for, torch.compile (seen in torch 2.14) calls a forward
+        # with exactly two variable arguments without its context.
+        maps = (first, *others)
         stages = len(weights)
         loss, tables = _registration.raw_op("hcl_fwd", backend)(maps[:stages], maps[stages:], weights, level_weights)
         ctx.backend, ctx.weights, ctx.level_weights = backend, weights, level_weights
