@@ -91,6 +91,9 @@ CWD = Op(
     odd=(2, 5, 9, 13),
     medium=(2, 16, 32, 64),
     large=(2, 48, 65, 97),
+    # torch's log_softmax adds float32 in one chain per lane; of 150 000 terms in the 8 lanes of AVX2 each logarithm is
+    # off by 8e-6.
+    eager_tolerance={torch.float32: 3e-5},
 )
 EXTREME = {
     "saturated": lambda s, t: (s * 1e4, t * 1e4),
