@@ -87,12 +87,14 @@ TRANSKD_INLINE void join_loop(double before, double count, int64_t channels, con
 // pixel of width 0 is read by none, so its NaN does not count.
 template <class T>
 TRANSKD_INLINE void plane_weighted_loop(const T* y, const T* widths, int64_t pixels, double times, double* sums) {
-  using Narrow = Vector<T, 8 * sizeof(T)>;
   using Wide = Vector<double>;
-  Wide sum[2];
+  using Narrow = Vector<T, Wide::kSize * sizeof(T)>;
+  constexpr int kSums = 4;
+  Wide sum[kSums];
   int64_t i = 0;
-  for (; i + 2 * Narrow::kSize <= pixels; i += 2 * Narrow::kSize) {
-    for (int k = 0; k < 2; ++k) {
+  for (; i + kSums * Narrow::kSize <= pixels; i += kSums * Narrow::kSize) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSums; ++k) {
       Narrow value, width;
       value.load(y + i + k * Narrow::kSize);
       width.load(widths + i + k * Narrow::kSize);
@@ -103,7 +105,7 @@ TRANSKD_INLINE void plane_weighted_loop(const T* y, const T* widths, int64_t pix
   }
   double rest = 0;
   for (; i < pixels; ++i) rest += widths[i] > 0 ? static_cast<double>(y[i]) * static_cast<double>(widths[i]) : 0;
-  sum[0].lanes += sum[1].lanes;
+  sum[0].lanes = (sum[0].lanes + sum[1].lanes) + (sum[2].lanes + sum[3].lanes);
   *sums += times * (sum[0].sum() + rest);
 }
 

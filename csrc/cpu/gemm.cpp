@@ -152,14 +152,14 @@ TRANSKD_INLINE void transpose_square(const T* from, int64_t from_ld, T* to, int6
   using V = Vector<T>;
   constexpr int kSide = V::kSize;
   using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Mask __attribute__((vector_size(64)));
+  typedef Index Mask __attribute__((vector_size(32)));
   Mask low, high;
   for (int i = 0; i < kSide; ++i) {
     low[i] = i / 2 + i % 2 * kSide;
     high[i] = low[i] + kSide / 2;
   }
   V square[kSide], next[kSide];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int i = 0; i < kSide; ++i) square[i].load(from + i * from_ld);
 #pragma GCC unroll 4
   for (int side = kSide; side > 1; side /= 2) {

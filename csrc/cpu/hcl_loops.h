@@ -9,9 +9,9 @@ namespace transkd {
 namespace {
 
 // d = s - t of one vector, added to a sum, its square to another.
-template <class T, class V>
-TRANSKD_INLINE void add_difference(const T* s, const T* t, V& sum, V& squares) {
-  V d, other;
+template <class T>
+TRANSKD_INLINE void add_difference(const T* s, const T* t, Vector<T>& sum, Vector<T>& squares) {
+  Vector<T> d, other;
   d.load(s);
   other.load(t);
   d.lanes -= other.lanes;
@@ -20,23 +20,25 @@ TRANSKD_INLINE void add_difference(const T* s, const T* t, V& sum, V& squares) {
 }
 
 // Rows of one plane, cut into S column segments: sums [S] of d; returns the sum of d^2. Row by row, so that memory is
-// read in its order; S is a constant so that the sums of all segments stay in registers meanwhile.
+// read in its order; S is a constant so that the sums of all segments stay in registers meanwhile, two vectors of each,
+// so that an addition need not wait for the one before.
 template <class T, int S>
 TRANSKD_INLINE T rows_loop(const T* s, const T* t, int64_t rows, const Axis& columns, T* sums) {
-  using Whole = Vector<T>;
-  using Half = Vector<T, 32>;
-  Whole sum[S], squares;
-  Half half_sum[S], half_squares;
+  using V = Vector<T>;
+  V sum[S][2], squares[2];
   T single_sum[S] = {}, single_squares = 0;
   for (int64_t r = 0; r < rows; ++r, s += columns.size, t += columns.size) {
 #pragma GCC unroll 7
     for (int j = 0; j < S; ++j) {
       const int64_t end = columns.edge[j + 1];
       int64_t i = columns.edge[j];
-      for (; i + Whole::kSize <= end; i += Whole::kSize) add_difference(s + i, t + i, sum[j], squares);
-      if (i + Half::kSize <= end) {
-        add_difference(s + i, t + i, half_sum[j], half_squares);
-        i += Half::kSize;
+      for (; i + 2 * V::kSize <= end; i += 2 * V::kSize) {
+        add_difference(s + i, t + i, sum[j][0], squares[0]);
+        add_difference(s + i + V::kSize, t + i + V::kSize, sum[j][1], squares[1]);
+      }
+      if (i + V::kSize <= end) {
+        add_difference(s + i, t + i, sum[j][0], squares[0]);
+        i += V::kSize;
       }
       for (; i < end; ++i) {
         const T d = s[i] - t[i];
@@ -45,8 +47,8 @@ TRANSKD_INLINE T rows_loop(const T* s, const T* t, int64_t rows, const Axis& col
       }
     }
   }
-  for (int j = 0; j < S; ++j) sums[j] = sum[j].sum() + half_sum[j].sum() + single_sum[j];
-  return squares.sum() + half_squares.sum() + single_squares;
+  for (int j = 0; j < S; ++j) sums[j] = sum[j][0].sum() + sum[j][1].sum() + single_sum[j];
+  return squares[0].sum() + squares[1].sum() + single_squares;
 }
 
 template <class T>
@@ -73,16 +75,24 @@ TRANSKD_INLINE T rows_of_segments(const T* s, const T* t, int64_t rows, const Ax
 // Pixels of a channels-last map: adds d to sums [channels]; returns the sum of d^2.
 template <class T>
 TRANSKD_INLINE T pixels_loop(const T* s, const T* t, int64_t pixels, int64_t channels, T* sums) {
-  using Whole = Vector<T>;
-  Whole squares;
+  using V = Vector<T>;
+  V squares[2];
   T single_squares = 0;
+  const auto add = [&](int64_t c, V & of_vector) __attribute__((always_inline)) {
+    V sum;
+    sum.load(sums + c);
+    add_difference(s + c, t + c, sum, of_vector);
+    sum.store(sums + c);
+  };
   for (int64_t p = 0; p < pixels; ++p, s += channels, t += channels) {
     int64_t c = 0;
-    for (; c + Whole::kSize <= channels; c += Whole::kSize) {
-      Whole sum;
-      sum.load(sums + c);
-      add_difference(s + c, t + c, sum, squares);
-      sum.store(sums + c);
+    for (; c + 2 * V::kSize <= channels; c += 2 * V::kSize) {
+      add(c, squares[0]);
+      add(c + V::kSize, squares[1]);
+    }
+    if (c + V::kSize <= channels) {
+      add(c, squares[0]);
+      c += V::kSize;
     }
     for (; c < channels; ++c) {
       const T d = s[c] - t[c];
@@ -90,7 +100,7 @@ TRANSKD_INLINE T pixels_loop(const T* s, const T* t, int64_t pixels, int64_t cha
       single_squares += d * d;
     }
   }
-  return squares.sum() + single_squares;
+  return squares[0].sum() + squares[1].sum() + single_squares;
 }
 
 // out = alpha (s - t) + level[segment] over rows of one plane.

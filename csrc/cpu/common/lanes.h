@@ -63,26 +63,21 @@ struct Tag {
   using Type = L;
 };
 
-// Calls f(Tag<Lanes>, first element) for lanes that cover `count` elements: four vectors at a time first, single
+// Calls f(Tag<Lanes>, first element) for lanes that cover `count` elements: kVectors vectors at a time first, single
 // elements at the end.
-template <class T, class F>
+template <class T, int kVectors = 4, class F>
 TRANSKD_INLINE void over_lanes(int64_t count, const F& f) {
-  constexpr int kWhole = Vector<T>::kSize, kHalf = kWhole / 2;
+  constexpr int kSize = Vector<T>::kSize;
   int64_t i = 0;
-  for (; i + 4 * kWhole <= count; i += 4 * kWhole) f(Tag<Lanes<Vector<T>, 4>>(), i);
-  for (; i + kWhole <= count; i += kWhole) f(Tag<Lanes<Vector<T>, 1>>(), i);
-  if (i + kHalf <= count) {
-    f(Tag<Lanes<Vector<T, 32>, 1>>(), i);
-    i += kHalf;
-  }
+  for (; i + kVectors * kSize <= count; i += kVectors * kSize) f(Tag<Lanes<Vector<T>, kVectors>>(), i);
+  for (; i + kSize <= count; i += kSize) f(Tag<Lanes<Vector<T>, 1>>(), i);
   for (; i < count; ++i) f(Tag<Lanes<Vector<T, sizeof(T)>, 1>>(), i);
 }
 
 // The sum of lanes of all widths.
 template <class T>
 struct Total {
-  Vector<T> wide;
-  Vector<T, 32> half;
+  Vector<T> whole[2];  // two, so that additions do not wait for each other
   T single = 0;
 
   template <class V, int N>
@@ -90,16 +85,14 @@ struct Total {
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) {
       if constexpr (V::kSize == Vector<T>::kSize) {
-        wide.lanes += lanes.part[k].lanes;
-      } else if constexpr (V::kSize == Vector<T, 32>::kSize) {
-        half.lanes += lanes.part[k].lanes;
+        whole[k % 2].lanes += lanes.part[k].lanes;
       } else {
         single += lanes.part[k].sum();
       }
     }
   }
   TRANSKD_INLINE double sum() const {
-    return static_cast<double>(wide.sum()) + static_cast<double>(half.sum()) + static_cast<double>(single);
+    return static_cast<double>(whole[0].sum()) + static_cast<double>(whole[1].sum()) + static_cast<double>(single);
   }
 };
 

@@ -1,5 +1,5 @@
 // One function per instruction set, each with vectors of its registers' width, the best chosen at the first call. It is
-// for loops that compare and choose: clones.h has the compiler take vectors of 64 bytes apart, which it does badly
+
 // there.
 #pragma once
 

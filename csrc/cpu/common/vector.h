@@ -1,5 +1,6 @@
-// Fixed-width vectors as GCC and clang offer them: the compiler splits them to what the instruction set has, and keeps
-// them in registers where it would spill an array of lanes.
+// Fixed-width vectors as GCC and clang offer them, which stay in registers where an array of lanes would be spilled.
+// Loops that are cloned for several instruction sets (clones.h) take them of 32 bytes: a vector wider than the
+// registers is taken apart through memory, one that is narrower costs nothing where memory is the limit.
 #pragma once
 
 #if defined(__SSE2__)
@@ -13,7 +14,7 @@
 namespace transkd {
 
 // A vector of Bytes / sizeof(T) elements. Pass by reference only: by value their ABI depends on the instruction set.
-template <class T, int Bytes = 64>
+template <class T, int Bytes = 32>
 struct Vector {
   using Element = T;
   static constexpr int kSize = Bytes / sizeof(T);
