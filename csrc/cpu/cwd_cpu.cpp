@@ -64,13 +64,19 @@ struct Task {
   }
 };
 
-// Fills tiles [rows, width] with entries of a map, one softmax per column; the columns beyond are 0.
+// Tiles [rows, width] of a map's entries, one softmax per column; the columns beyond are 0.
 template <class T>
 class Tiles {
  public:
   Tiles(const Stage& stage, const Tensor& map) : stage_(stage), reader_(map) {}
 
   static int64_t room() { return 2 * (kTile + kWidth + kShort * kWidth); }
+
+  // Whether the map holds the tiles of a task as they are.
+  bool there(const Task& task) const { return stage_.strided && task.count % kPad == 0 && reader_.buffer(1) == 0; }
+  const T* at(const Task& task, int64_t begin) const {
+    return reader_.read(task.sample * stage_.plane() + begin * stage_.columns + task.first, 1, nullptr);
+  }
 
   void fill(const Task& task, int64_t begin, int64_t rows, int64_t width, T* room) const {
     T* const tile = room;
@@ -114,11 +120,19 @@ void add_tiles(const Stage& stage, const Task& task, T scale, const Rooms<T>& ro
   const Tiles<T> students(stage, *stage.student), teachers(stage, *stage.teacher);
   const int64_t width = divide_up(task.count, kPad) * kPad;
   const int64_t step = std::max<int64_t>(1, kTile / width);
+  const bool there = students.there(task) && teachers.there(task);
   for (int64_t begin = task.begin; begin < task.end; begin += step) {
     const int64_t rows = std::min(step, task.end - begin);
-    students.fill(task, begin, rows, width, rooms.s.get());
-    teachers.fill(task, begin, rows, width, rooms.t.get());
-    add_tile(Tile<T>{rooms.s.get(), rooms.t.get(), rows, width, scale, begin == task.begin, rooms.sums.get()});
+    Tile<T> tile{rooms.s.get(), rooms.t.get(), rows, width, width, scale, begin == task.begin, rooms.sums.get()};
+    if (there) {
+      tile.s = students.at(task, begin);
+      tile.t = teachers.at(task, begin);
+      tile.row_step = stage.columns;
+    } else {
+      students.fill(task, begin, rows, width, rooms.s.get());
+      teachers.fill(task, begin, rows, width, rooms.t.get());
+    }
+    add_tile(tile);
   }
   for (int k = 0; k < kPartials; ++k) {
     std::copy_n(rooms.sums.get() + k * width, task.count, partials + k * stride);

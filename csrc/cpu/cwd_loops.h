@@ -121,8 +121,8 @@ TRANSKD_INLINE void run_loop(const Run<T>& run) {
 
 template <class T>
 struct Tile {
-  const T *s, *t;  // [rows, width], dense
-  int64_t rows, width;
+  const T *s, *t;  // [rows, width], rows row_step apart
+  int64_t rows, width, row_step;
   T scale;
   bool first;   // nothing is in the sums yet
   T* partials;  // [kPartials, width]
@@ -131,7 +131,7 @@ struct Tile {
 template <int Bytes, class T>
 TRANSKD_INLINE void tile_loop(const Tile<T>& tile) {
   using V = Vector<T, Bytes>;
-  const int64_t width = tile.width;
+  const int64_t width = tile.width, step = tile.row_step;
   for (int64_t c = 0; c < width; c += V::kSize) {
     V s, t, s_old, t_old, s_shift, t_shift, s_sum, t_sum, cross;
     T* const partials = tile.partials + c;
@@ -143,7 +143,7 @@ TRANSKD_INLINE void tile_loop(const Tile<T>& tile) {
       t_old.load(partials + kTeacherPeak * width);
     }
     V s_peak = s_old, t_peak = t_old;
-    for (int64_t i = c; i < tile.rows * width; i += width) {
+    for (int64_t i = c; i < tile.rows * step; i += step) {
       s.load(tile.s + i);
       t.load(tile.t + i);
       raise(s_peak, s);
@@ -167,7 +167,7 @@ TRANSKD_INLINE void tile_loop(const Tile<T>& tile) {
       s_sum.lanes *= s_old.lanes;
       t_sum.lanes *= t_old.lanes;
     }
-    for (int64_t i = c; i < tile.rows * width; i += width) {
+    for (int64_t i = c; i < tile.rows * step; i += step) {
       s.load(tile.s + i);
       t.load(tile.t + i);
       add_entries(s, t, s_shift, t_shift, tile.scale, s_sum, t_sum, cross);
@@ -283,30 +283,38 @@ template <int Bytes, bool kStrided, class T>
 TRANSKD_INLINE void gradient_rows(const Gradient<T>& job) {
   using V = Vector<T, Bytes>;
   const int64_t whole = job.count / V::kSize * V::kSize, tail = job.count - whole;
+  // Copies: what is stored may be anything, for all that the compiler knows, these numbers too.
+  const T scale = job.scale, factor = job.factor;
+  const bool stream = job.stream;
+  const T* statistics_of[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) statistics_of[k] = job.statistics + k * job.stride;
   for (int64_t r = 0; r < job.rows; ++r) {
     const T* const s_row = job.s + r * job.count;
     const T* const t_row = job.t + r * job.count;
     T* const out = job.out + r * job.count;
     V s, t, statistics[4];
     if constexpr (!kStrided) {
-      for (int k = 0; k < 4; ++k) statistics[k].lanes = typename V::Lanes{} + job.statistics[k * job.stride + r];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) statistics[k].lanes = typename V::Lanes{} + statistics_of[k][r];
     }
     for (int64_t i = 0; i < whole; i += V::kSize) {
       if constexpr (kStrided) {
-        for (int k = 0; k < 4; ++k) statistics[k].load(job.statistics + k * job.stride + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) statistics[k].load(statistics_of[k] + i);
       }
       s.load(s_row + i);
       t.load(t_row + i);
-      gradient_of(s, t, statistics, job.scale, job.factor);
-      s.store(out + i, job.stream);
+      gradient_of(s, t, statistics, scale, factor);
+      s.store(out + i, stream);
     }
     if (tail > 0) {
       if constexpr (kStrided) {
-        for (int k = 0; k < 4; ++k) load_tail(job.statistics + k * job.stride + whole, tail, statistics[k]);
+        for (int k = 0; k < 4; ++k) load_tail(statistics_of[k] + whole, tail, statistics[k]);
       }
       load_tail(s_row + whole, tail, s);
       load_tail(t_row + whole, tail, t);
-      gradient_of(s, t, statistics, job.scale, job.factor);
+      gradient_of(s, t, statistics, scale, factor);
       T values[V::kSize];
       s.store(values);
       for (int64_t i = 0; i < tail; ++i) out[whole + i] = values[i];
