@@ -312,12 +312,13 @@ MUTANTS = [
            "    product.store(sums, kLeadingSum);\n    __syncthreads();", "    product.store(sums, kLeadingSum);",
            GL_MIXER_CUDA, RACE),
     Mutant("hcl_bn", "cpu", "sign forward", "csrc/cpu/hcl_bn_loops.h",
-           "d = w * scale + offset - L(t_row + x);", "d = w * scale + offset + L(t_row + x);", HCL_BN_CPU),
+           "d.lanes = w.lanes * k.scale + k.offset - d.lanes;", "d.lanes = w.lanes * k.scale + k.offset + d.lanes;",
+           HCL_BN_CPU),
     Mutant("hcl_bn", "cpu", "sign backward", "csrc/cpu/hcl_bn_loops.h",
            "* u_weight + (L(t + begin + x)", "* u_weight - (L(t + begin + x)", HCL_BN_CPU),
     Mutant("hcl_bn", "cpu", "off-by-one row", "csrc/cpu/hcl_bn_loops.h",
-           "r < rows; ++r) {\n      const T *const u_row = u + r",
-           "r + 1 < rows; ++r) {\n      const T *const u_row = u + r", HCL_BN_CPU),
+           "r < rows; ++r, u += columns.size, t += columns.size) {",
+           "r + 1 < rows; ++r, u += columns.size, t += columns.size) {", HCL_BN_CPU),
     Mutant("hcl_bn", "cpu", "unaligned vector", "csrc/cpu/hcl_stage.h",
            "% 16 == 0 && run * sizeof(T) % 16 == 0", "% 16 == 0", HCL_BN_CPU_LARGE,
            "Fatal Python error: Segmentation fault"),
@@ -375,9 +376,9 @@ MUTANTS = [
     Mutant("cwd", "cpu", "sign backward", "csrc/cpu/cwd_loops.h",
            "factor * (s.lanes - t.lanes);", "factor * (t.lanes - s.lanes);", CWD_CPU),
     Mutant("cwd", "cpu", "off-by-one row", "csrc/cpu/cwd_loops.h",
-           "    for (int64_t i = c; i < tile.rows * width; i += width) {\n      s.load(tile.s + i);\n"
+           "    for (int64_t i = c; i < tile.rows * step; i += step) {\n      s.load(tile.s + i);\n"
            "      t.load(tile.t + i);\n      add_entries",
-           "    for (int64_t i = c; i < tile.rows * width - width; i += width) {\n      s.load(tile.s + i);\n"
+           "    for (int64_t i = c; i < tile.rows * step - step; i += step) {\n      s.load(tile.s + i);\n"
            "      t.load(tile.t + i);\n      add_entries", CWD_CPU),
     Mutant("cwd", "cpu", "unaligned vector", "csrc/cpu/cwd_cpu.cpp",
            "% 16 == 0 && stage.columns * sizeof(T) % 16 == 0;", "% 16 == 0;", CWD_CPU_LARGE,

@@ -18,9 +18,6 @@ namespace {
 constexpr int64_t kGroup = 8;
 // Likewise where every visit costs an addition to sums in memory. Also the longest chain of float additions there.
 constexpr int64_t kSumGroup = 32;
-// Columns of a plane that are summed as float before double takes over.
-constexpr int64_t kColumns = 4096;
-
 // Of a band of one plane: with w = u - shift and d = BN(u) - t, the sums of d and w per column segment, of d^2 and d w
 // over all.
 struct BandSums {
@@ -28,52 +25,82 @@ struct BandSums {
   double squares = 0, products = 0;
 };
 
-// Vectors that hold a row; the sums of columns stand in whole ones, so that they lie at multiples of their size.
+// BN(u) = scale (u - shift) + offset.
 template <class T>
-int64_t vectors_of_row(int64_t width) {
-  return (width + Vector<T>::kSize - 1) / Vector<T>::kSize;
+struct OfPlane {
+  T scale, shift, offset;
+};
+
+// Adds some rows, cut into S column segments, S a constant so that the sums of all segments stay in registers while
+// memory is read in its order.
+template <class T, int S>
+TRANSKD_INLINE void plane_sums_of_segments(const T* u, const T* t, int64_t rows, const Axis& columns, OfPlane<T> k,
+                                           BandSums* sums) {
+  using V = Vector<T>;
+  V d_sum[S], w_sum[S], squares[2], products[2];
+  T d_single[S] = {}, w_single[S] = {}, square = 0, product = 0;
+  const auto add = [&](int64_t i, int j, int which) __attribute__((always_inline)) {
+    V w, d;
+    w.load(u + i);
+    d.load(t + i);
+    w.lanes -= k.shift;
+    d.lanes = w.lanes * k.scale + k.offset - d.lanes;
+    d_sum[j].lanes += d.lanes;
+    w_sum[j].lanes += w.lanes;
+    squares[which].lanes += d.lanes * d.lanes;
+    products[which].lanes += d.lanes * w.lanes;
+  };
+  for (int64_t r = 0; r < rows; ++r, u += columns.size, t += columns.size) {
+#pragma GCC unroll 7
+    for (int j = 0; j < S; ++j) {
+      const int64_t end = columns.edge[j + 1];
+      int64_t i = columns.edge[j];
+      for (; i + 2 * V::kSize <= end; i += 2 * V::kSize) {
+        add(i, j, 0);
+        add(i + V::kSize, j, 1);
+      }
+      if (i + V::kSize <= end) {
+        add(i, j, 0);
+        i += V::kSize;
+      }
+      for (; i < end; ++i) {
+        const T w = u[i] - k.shift, d = w * k.scale + k.offset - t[i];
+        d_single[j] += d;
+        w_single[j] += w;
+        square += d * d;
+        product += d * w;
+      }
+    }
+  }
+  for (int j = 0; j < S; ++j) {
+    sums->d[j] += static_cast<double>(d_sum[j].sum()) + static_cast<double>(d_single[j]);
+    sums->w[j] += static_cast<double>(w_sum[j].sum()) + static_cast<double>(w_single[j]);
+  }
+  squares[0].lanes += squares[1].lanes;
+  products[0].lanes += products[1].lanes;
+  sums->squares += static_cast<double>(squares[0].sum()) + static_cast<double>(square);
+  sums->products += static_cast<double>(products[0].sum()) + static_cast<double>(product);
 }
 
-// Adds some rows, d = scale (u - shift) + offset - t. The sums of d and w are taken per column first, in two rows of
-// vectors: the maps' rows are then read from end to end, wherever the segments' borders are.
 template <class T>
-TRANSKD_INLINE void plane_sums_loop(const T* u, const T* t, int64_t rows, const Axis& columns, T scale, T shift,
-                                    T offset, Vector<T>* column_sums, BandSums* sums) {
-  const int64_t width = columns.size;
-  const int64_t vectors = vectors_of_row<T>(width);
-  std::fill_n(column_sums, 2 * vectors, Vector<T>());
-  T* const d_sums = reinterpret_cast<T*>(column_sums);
-  T* const w_sums = reinterpret_cast<T*>(column_sums + vectors);
-  for (int64_t first = 0; first < width; first += kColumns) {
-    Total<T> squares, products;
-    for (int64_t r = 0; r < rows; ++r) {
-      const T *const u_row = u + r * width + first, *const t_row = t + r * width + first;
-      over_lanes<T>(
-          std::min(kColumns, width - first), [&](auto tag, int64_t x) __attribute__((always_inline)) {
-            using L = typename decltype(tag)::Type;
-            const L w = L(u_row + x) - shift;
-            const L d = w * scale + offset - L(t_row + x);
-            d.add_to(d_sums + first + x);
-            w.add_to(w_sums + first + x);
-            squares.add(d * d);
-            products.add(d * w);
-          });
-    }
-    sums->squares += squares.sum();
-    sums->products += products.sum();
-  }
-  for (int j = 0; j < columns.segments; ++j) {
-    for (int64_t first = columns.edge[j]; first < columns.edge[j + 1]; first += kColumns) {
-      Total<T> d_sum, w_sum;
-      over_lanes<T>(
-          std::min(kColumns, columns.edge[j + 1] - first), [&](auto tag, int64_t x) __attribute__((always_inline)) {
-            using L = typename decltype(tag)::Type;
-            d_sum.add(L(d_sums + first + x));
-            w_sum.add(L(w_sums + first + x));
-          });
-      sums->d[j] += d_sum.sum();
-      sums->w[j] += w_sum.sum();
-    }
+TRANSKD_INLINE void plane_sums_loop(const T* u, const T* t, int64_t rows, const Axis& columns, OfPlane<T> k,
+                                    BandSums* sums) {
+  switch (columns.segments) {
+    case 1:
+      return plane_sums_of_segments<T, 1>(u, t, rows, columns, k, sums);
+    case 2:
+      return plane_sums_of_segments<T, 2>(u, t, rows, columns, k, sums);
+    case 3:
+      return plane_sums_of_segments<T, 3>(u, t, rows, columns, k, sums);
+    case 4:
+      return plane_sums_of_segments<T, 4>(u, t, rows, columns, k, sums);
+    case 5:
+      return plane_sums_of_segments<T, 5>(u, t, rows, columns, k, sums);
+    case 6:
+      return plane_sums_of_segments<T, 6>(u, t, rows, columns, k, sums);
+    default:
+      static_assert(kMaxSegments == 7);
+      return plane_sums_of_segments<T, 7>(u, t, rows, columns, k, sums);
   }
 }
 
@@ -167,9 +194,9 @@ TRANSKD_INLINE void pixel_backward_loop(const T* u, const T* t, int64_t pixels, 
 
 // The instruction-set clones of the loops, one set per compute type.
 #define TRANSKD_HCL_BN_LOOPS(T)                                                                                        \
-  TRANSKD_CLONES void add_rows(const T* u, const T* t, int64_t rows, const Axis& columns, T scale, T shift, T offset,  \
-                               Vector<T>* column_sums, BandSums* sums) {                                               \
-    plane_sums_loop(u, t, rows, columns, scale, shift, offset, column_sums, sums);                                     \
+  TRANSKD_CLONES void add_rows(const T* u, const T* t, int64_t rows, const Axis& columns, OfPlane<T> k,                \
+                               BandSums* sums) {                                                                       \
+    plane_sums_loop(u, t, rows, columns, k, sums);                                                                     \
   }                                                                                                                    \
   TRANSKD_CLONES void add_pixels(const PixelRows<T>& u, const PixelRows<T>& t, int64_t rows, int64_t pixels,           \
                                  int64_t channels, const Normaliser<T>& normaliser, double* sums, Total<T>& squares) { \

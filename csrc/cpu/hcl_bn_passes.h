@@ -104,14 +104,12 @@ template <class T>
 void add_contiguous(const Stage& stage, const Coefficients<T>& k, Sums& sums) {
   const Reader<T> u(stage.student), t(stage.teacher);
   const Axis &rows = stage.pyramid.rows, &columns = stage.pyramid.columns;
-  constexpr int64_t kChain = 256;  // rows: the longest chain of float additions
-  const int64_t rows_at_once = std::clamp<int64_t>(kBuffer / columns.size, 1, kChain);
+  const int64_t rows_at_once = std::max<int64_t>(1, kBuffer / columns.size);
   std::vector<double> squares_of(stage.planes());
   torch::stable::parallel_for(
       0, stage.planes(), std::max<int64_t>(1, kGrain / stage.plane()), [&](int64_t begin, int64_t end) {
         const int64_t elements = rows_at_once * columns.size;
         std::vector<T> u_buffer(u.buffer(elements)), t_buffer(t.buffer(elements));
-        std::vector<Vector<T>> column_sums(2 * vectors_of_row<T>(columns.size));
         for (int64_t plane = end; plane-- > begin;) {
           const int64_t b = plane / stage.channels, c = plane % stage.channels;
           for (int band = 0; band < rows.segments; ++band) {
@@ -120,7 +118,7 @@ void add_contiguous(const Stage& stage, const Coefficients<T>& k, Sums& sums) {
               const int64_t count = std::min(rows_at_once, rows.edge[band + 1] - r);
               const int64_t offset = plane * stage.plane() + r * columns.size, n = count * columns.size;
               add_rows(u.read(offset, n, u_buffer.data()), t.read(offset, n, t_buffer.data()), count, columns,
-                       k.scale[c], k.shift[c], k.offset[c], column_sums.data(), &of_band);
+                       OfPlane<T>{k.scale[c], k.shift[c], k.offset[c]}, &of_band);
             }
             for (int j = 0; j < columns.segments; ++j) {
               double* const cell = sums.cell(b * stage.cells() + band * columns.segments + j) + c;
