@@ -22,6 +22,7 @@ from transkd_fast.models import load_weights
 from transkd_fast.train.build import Log, autocast, derived_seed
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, save_checkpoint, write_text
 from transkd_fast.train.metrics import Scores, SegmentationMeter
+from transkd_fast.train.observers import Observer
 from transkd_fast.train.settings import Config, FitConfig
 from transkd_fast.train.tasks import DistillationTask, Task, TrainingError
 
@@ -107,6 +108,7 @@ class Trainer:
         folder: where metrics.csv, last.pt and best.pt go; made when training starts.
         meta: facts kept in the checkpoint, from which `transkd eval` builds the network again.
         log: receives one line per epoch.
+        observers: watch the training.
     """
 
     def __init__(
@@ -121,10 +123,11 @@ class Trainer:
         folder: Path,
         meta: dict[str, Any],
         log: Log = tqdm.write,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.config, self.name, self.task, self.fit_config = config, name, task, fit
         self.train_loader, self.val_loader, self.classes = train_loader, val_loader, tuple(classes)
-        self.folder, self.meta, self.log = folder, meta, log
+        self.folder, self.meta, self.log, self.observers = folder, meta, log, tuple(observers)
         self.device = next(task.model.parameters()).device
         self.total_steps = fit.epochs * len(train_loader)
         betas = (fit.betas[0], fit.betas[1])
@@ -162,6 +165,8 @@ class Trainer:
             if self.last.exists():
                 self._resume()
             self._read_metrics()
+        for observer in self.observers:
+            observer.start(self)
         seconds = images = 0.0
         with backends.use_backend(self.config.backend):
             while self.epoch < self.fit_config.epochs:
@@ -212,6 +217,7 @@ class Trainer:
                     self._check_labels(int(counts[3]), index + 1)
                     means = self._finite_means(sums, names, index + 1) | _shares(counts)
                     rate = images_seen / (time.perf_counter() - start)
+                    self._tell_observers(index + 1, means | {"images_per_second": rate})
                     bar.set_postfix_str(f"{rate:.1f} img/s " + " ".join(f"{k} {v:.3f}" for k, v in means.items()))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -233,6 +239,11 @@ class Trainer:
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), limit)
         self.optimizer.step()
         return terms
+
+    def _tell_observers(self, steps: int, values: dict[str, float]) -> None:
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        for observer in self.observers:
+            observer.step(self, self.epoch * len(self.train_loader) + steps, values)
 
     def _check_labels(self, out_of_range: int, steps: int) -> None:
         if out_of_range:
@@ -282,6 +293,8 @@ class Trainer:
         losses = " ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in train_row.items() if k.startswith("train/"))
         rate = f"{train_row['images_per_second']:.1f} img/s"
         self.log(f"{self.name} epoch {self.epoch}/{self.fit_config.epochs}: {losses}, {miou}, {rate}")
+        for observer in self.observers:
+            observer.epoch(self, self.epoch, row, scores)
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
         """Write all rows anew: the file is whole at any time, and its header fits its rows."""

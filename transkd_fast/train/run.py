@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from transkd_fast.train.config import ConfigError, load_config, save_config
 from transkd_fast.train.loop import FitResult, Trainer, evaluate
 from transkd_fast.train.memory import keep_freed_memory
 from transkd_fast.train.metrics import Scores
+from transkd_fast.train.observers import Observer
 from transkd_fast.train.settings import Config, FitConfig, ModelConfig
 from transkd_fast.train.tasks import SegmentationTask, Task
 from transkd_fast.train.verify import VerifyReport, verify
@@ -73,12 +75,13 @@ def prepare_process(config: Config, log: Log = tqdm.write) -> None:
             log(f"keep_memory: not in effect: {reason}")
 
 
-def train(config: Config, log: Log = tqdm.write) -> RunResult:
+def train(config: Config, log: Log = tqdm.write, observers: Sequence[Observer] = ()) -> RunResult:
     """Carry out a run: everything is checked and built before the first step.
 
     Args:
         config: the run's configuration.
         log: receives progress lines.
+        observers: watch the trainings; each is closed when the run ends, however it ends.
 
     Returns:
         The result; the run folder holds config.yaml, environment.json, summary.json and a folder per trained network.
@@ -89,6 +92,14 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
         WeightsError: if weights to load do not fit.
         TrainingError: if a loss is not finite.
     """
+    try:
+        return _train(config, log, observers)
+    finally:
+        for observer in observers:
+            observer.close()
+
+
+def _train(config: Config, log: Log, observers: Sequence[Observer]) -> RunResult:
     prepare_process(config, log)
     device = build.select_device(config.device)
     train_set, val_set = build.build_dataset(config, "train"), build.build_dataset(config, "val")
@@ -117,7 +128,7 @@ def train(config: Config, log: Log = tqdm.write) -> RunResult:
 
     def trainer(name: str, task: Task, fit: FitConfig, model: ModelConfig) -> Trainer:
         meta = {"kind": name, "network": model.model, "num_classes": model.num_classes or len(classes)}
-        return Trainer(config, name, task, fit, *loaders[name], classes, run_dir / name, meta, log)
+        return Trainer(config, name, task, fit, *loaders[name], classes, run_dir / name, meta, log, observers)
 
     teacher_scores = None
     task: Task
