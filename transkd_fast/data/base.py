@@ -43,6 +43,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         classes: class names; a label value is an index into them.
         palette: uint8 [K, 3], one RGB colour per class for pictures of label maps.
         ignore_index: label value of pixels that neither loss nor metric may count (255).
+        published_class_weights: factor per class in the cross-entropy of the published training, where it has any.
 
     Args:
         transforms: joint transform `(image, mask) -> (image, mask)` applied to each sample; None for none.
@@ -51,6 +52,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
     classes: tuple[str, ...]
     palette: Tensor
     ignore_index: int = IGNORE_INDEX
+    published_class_weights: tuple[float, ...] | None = None
 
     def __init__(self, transforms: Transforms | None = None) -> None:
         self.transforms = transforms
@@ -67,6 +69,10 @@ class SegmentationDataset(Dataset[Sample], ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Name of frame `index`, unique within the dataset."""
+
+    def group(self, index: int) -> str | None:
+        """Group of frame `index` that scores are also taken of, e.g. its weather; None where there are no groups."""
+        return None
 
     @abstractmethod
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,18 +46,88 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
-def pair_by_name(images: Mapping[str, Path], labels: Mapping[str, Path]) -> list[tuple[str, Path, Path]]:
+def list_tree(folder: Path, suffix: str, required: bool = True) -> dict[str, Path]:
+    """Files in the folders directly below `folder`, one per city or sequence, by "<folder>/<name without suffix>".
+
+    Args:
+        folder: folder to search.
+        suffix: how the files' names end.
+        required: whether finding none is an error.
+
+    Returns:
+        Mapping from name to path, sorted.
+
+    Raises:
+        DataError: the folder is missing, or holds no such file though it is required to.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: expected a folder with */*{suffix} files, but it does not exist; check root and split"
+        )
+    files = {
+        f"{path.parent.name}/{path.name.removesuffix(suffix)}": path
+        for path in sorted(folder.glob(f"*/*{suffix}"))
+        if not path.name.startswith(".")
+    }
+    if required and not files:
+        raise DataError(f"{folder}: expected */*{suffix} files, found none; check root and split")
+    return files
+
+
+def read_list(path: Path) -> list[str]:
+    """Frame names of a split, one per line, as benchmarks list them.
+
+    Args:
+        path: text file; empty lines are left out.
+
+    Returns:
+        The names in the file's order.
+
+    Raises:
+        DataError: the file is missing, empty, or names a frame twice.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: expected a text file with one frame name per line, found none; check root and split")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise DataError(f"{path}: expected one frame name per line, found none")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: expected every frame once, but {twice} stands there {names.count(twice)} times")
+    return names
+
+
+def listed(names: Sequence[str], folder: Path, suffix: str) -> dict[str, Path]:
+    """The files of a split's frames, as far as they exist.
+
+    Args:
+        names: frame names.
+        folder: where the files are.
+        suffix: how their names go on.
+
+    Returns:
+        Mapping from name to path.
+    """
+    paths = {name: folder / f"{name}{suffix}" for name in names}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def pair_by_name(
+    images: Mapping[str, Path], labels: Mapping[str, Path], allow_orphans: bool = False
+) -> tuple[list[tuple[str, Path, Path]], tuple[int, int]]:
     """Pairs image and label files that have the same frame name.
 
     Args:
         images: image files by frame name.
         labels: label files by frame name.
+        allow_orphans: leave out files without a partner instead of refusing them.
 
     Returns:
-        (name, image, label) per frame, sorted by name.
+        (name, image, label) per frame, sorted by name; the numbers of images without a label and of labels without an
+        image.
 
     Raises:
-        DataError: an image has no label or a label has no image.
+        DataError: an image has no label or a label has no image, and that is not allowed, or nothing pairs up.
     """
     lonely_images = sorted(images.keys() - labels.keys())
     lonely_labels = sorted(labels.keys() - images.keys())
@@ -66,13 +136,14 @@ def pair_by_name(images: Mapping[str, Path], labels: Mapping[str, Path]) -> list
         for names, what in ((lonely_images, "image(s) without a label"), (lonely_labels, "label(s) without an image"))
         if names
     ]
-    if complaints:
+    paired = sorted(images.keys() & labels.keys())
+    if complaints and not (allow_orphans and paired):
         some = next(iter((images if lonely_images else labels).values())).parent
         raise DataError(
             f"{some}: expected one label per image, paired by file name, but there are {'; '.join(complaints)}; "
-            "add the missing files or remove the extra ones"
+            "add the missing files, remove the extra ones, or leave them out with data.allow_orphans=true"
         )
-    return [(name, images[name], labels[name]) for name in sorted(images)]
+    return [(name, images[name], labels[name]) for name in paired], (len(lonely_images), len(lonely_labels))
 
 
 def _decode(path: Path, modes: tuple[str, ...], what: str) -> Image.Image:
@@ -122,17 +193,48 @@ def read_label(path: Path, lookup: np.ndarray) -> np.ndarray:
     Raises:
         DataError: the file cannot be decoded, is not an index map, or holds a value that may not occur.
     """
-    values = np.asarray(_decode(path, _INDEX_MODES, "label map (8-bit, one value per pixel)"))
+    return translate(np.asarray(_decode(path, _INDEX_MODES, "label map (8-bit, one value per pixel)")), lookup, path)
+
+
+def translate(values: np.ndarray, lookup: np.ndarray, source: Path | str) -> np.ndarray:
+    """Translates label values to class indices.
+
+    Args:
+        values: label values, [H, W], below the table's size.
+        lookup: see `read_label`.
+        source: where they come from, for the message.
+
+    Returns:
+        uint8 [H, W].
+
+    Raises:
+        DataError: a value occurs that may not.
+    """
     labels = lookup[values]
     if labels.min(initial=0) < 0:
         bad = sorted({int(value) for value in np.unique(values[labels < 0])})
         allowed = ", ".join(str(value) for value in np.flatnonzero(lookup >= 0))
         raise DataError(
-            f"{path}: expected label values out of ({allowed}), got {', '.join(map(str, bad[:8]))}"
+            f"{source}: expected label values out of ({allowed}), got {', '.join(map(str, bad[:8]))}"
             f"{', ...' if len(bad) > 8 else ''} in {int((labels < 0).sum())} pixels; "
             "convert the labels to class indices or correct the file"
         )
     return labels.astype(np.uint8)
+
+
+def lookup_of(values: Mapping[int, int], size: int = 256) -> np.ndarray:
+    """The table that `read_label` translates by.
+
+    Args:
+        values: class index, or 255 for ignored, per label value that may occur.
+        size: number of values that the label's type has.
+
+    Returns:
+        int16 [size], negative for values that may not occur.
+    """
+    lookup = np.full(size, -1, dtype=np.int16)
+    lookup[list(values)] = list(values.values())
+    return lookup
 
 
 class FileDataset(SegmentationDataset):
@@ -140,25 +242,36 @@ class FileDataset(SegmentationDataset):
 
     A subclass sets `classes`, `palette` and, where label values are not class indices already, `void_values`.
 
+    Attributes:
+        orphans: numbers of images without a label and of labels without an image that were left out.
+
     Args:
         images: image files by frame name.
         labels: label files by frame name; the same names.
         transforms: joint transform of image and mask; None for none.
+        values: class index, or 255 for ignored, per label value that may occur; default: class indices and
+            `void_values`.
+        allow_orphans: leave out images without a label and labels without an image instead of refusing them.
 
     Raises:
-        DataError: an image without label or a label without image.
+        DataError: an image without label or a label without image, unless they are allowed.
     """
 
     void_values: tuple[int, ...] = (IGNORE_INDEX,)
 
     def __init__(
-        self, images: Mapping[str, Path], labels: Mapping[str, Path], transforms: Transforms | None = None
+        self,
+        images: Mapping[str, Path],
+        labels: Mapping[str, Path],
+        transforms: Transforms | None = None,
+        values: Mapping[int, int] | None = None,
+        allow_orphans: bool = False,
     ) -> None:
         super().__init__(transforms)
-        self.frames = pair_by_name(images, labels)
-        self._lookup = np.full(256, -1, dtype=np.int16)
-        self._lookup[: self.num_classes] = np.arange(self.num_classes)
-        self._lookup[list(self.void_values)] = IGNORE_INDEX
+        self.frames, self.orphans = pair_by_name(images, labels, allow_orphans)
+        if values is None:
+            values = {k: k for k in range(self.num_classes)} | dict.fromkeys(self.void_values, IGNORE_INDEX)
+        self._lookup = lookup_of(values)
 
     def __len__(self) -> int:
         """Number of frames."""
