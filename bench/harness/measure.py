@@ -119,7 +119,10 @@ def _row(case: Case, baseline: str, malloc: str, load: float, now: str) -> Row:
 
 @functools.cache
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpuinfo.get_cpu_info()["brand_raw"]
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    # Virtual machines hide the processor's model, so what it can do stands beside its brand.
+    return f"{cpuinfo.get_cpu_info()['brand_raw']}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @functools.cache

@@ -34,8 +34,8 @@ CLASSES = (
         "ceiling",
         "books",
     ),
-    *("refridgerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand"),
-    *("toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop"),
+    *("refridgerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person"),
+    *("night stand", "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop"),
 )
 # Files count from 1; 0 is unlabelled and stays so.
 VALUES = {0: IGNORE_INDEX, **{k + 1: k for k in range(len(CLASSES))}}
