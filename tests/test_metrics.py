@@ -139,3 +139,14 @@ def test_nothing_but_ignored_pixels_is_an_error():
     pairs = [(logits, torch.full_like(labels, 255)) for logits, labels in batches(7)]
     with pytest.raises(DataError, match="expected at least one labelled pixel"):
         score(pairs)
+
+
+def test_the_published_protocol_is_a_second_number_of_its_own():
+    pairs = list(batches(5, (24, 40), (6, 10)))
+    scores = score(pairs)
+    # A label of every fourth pixel: rows 2, 6, 10, ... as the centres fall.
+    quarters = torch.cat([labels[:, 2::4, 2::4].flatten() for _, labels in pairs])
+    guesses = torch.cat([logits.argmax(1).flatten() for logits, _ in pairs])
+    expected = MulticlassJaccardIndex(CLASSES, ignore_index=255)(guesses, quarters)
+    assert scores.miou_stride4 == pytest.approx(expected.item(), rel=1e-6)
+    assert scores.miou_stride4 != scores.miou

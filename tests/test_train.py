@@ -17,8 +17,9 @@ from transkd_fast.train import ConfigError, TrainingError, build, train
 from transkd_fast.train.checkpoint import load_checkpoint
 from transkd_fast.train.loop import Trainer, learning_rate
 from transkd_fast.train.memory import keep_freed_memory, peak_memory
+from transkd_fast.train.metrics import nearest_labels
 from transkd_fast.train.settings import FitConfig
-from transkd_fast.train.tasks import DistillationTask, LabelLoss, nearest_labels
+from transkd_fast.train.tasks import DistillationTask, LabelLoss
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transkd_fast import functional
 from transkd_fast.models.outputs import StageOutputs
-from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, KDLoss, PatchEmbedding
+from transkd_fast.nn import CSF, PEA, CWDLoss, EmbeddingAssistant, GLMixer, HCLLoss, KDLoss, PatchEmbedding, Review
 from transkd_fast.nn._parameters import weight_and_bias
 from transkd_fast.ops.pea import STAGE_WEIGHTS
 from transkd_fast.reference.hcl import LEVEL_WEIGHTS
@@ -18,6 +18,9 @@ from transkd_fast.reference.hcl import LEVEL_WEIGHTS
 STAGES = 4
 VARIANTS = ("base", "gl", "ea")
 FEATURE_LOSSES = ("hcl", "cwd")
+FUSIONS = ("csf", "review")
+# By the name of the loss in `TransKDOutput`, since "cwd" may be that of the features too.
+LOGIT_LOSSES = {"kd_kl": "kd_kl", "cwd": "cwd_logits"}
 
 
 class TransKDOutput(NamedTuple):
@@ -26,8 +29,9 @@ class TransKDOutput(NamedTuple):
     Args:
         logits: The student's class scores, [B, K, H / 4, W / 4].
         losses: With a teacher, the distillation losses by name, 0-d each: "hcl" or "cwd", "pea", and
-            "kd_kl" where logits are distilled. Else empty.
-        fused: Without a teacher, CSF's maps, fine to coarse, [B, C'_m, H_m, W_m]; empty without features. Else None.
+            "kd_kl" or "cwd_logits" where logits are distilled. Else empty.
+        fused: Without a teacher, the maps that CSF or Knowledge Review makes, fine to coarse, [B, C'_m, H_m, W_m];
+            empty without features. Else None.
         projected: Without a teacher, the projected embeddings of the aligned stages, fine to coarse,
             [B, N_m, C'_m]. Else None.
 
@@ -71,6 +75,9 @@ class TransKD(nn.Module):
             width differ; default no: they are rejected.
         logits: Whether class scores are distilled too, which needs the teacher's; default no.
         logit_temperature: Temperature of their softmaxes; default 1.
+        fusion: What brings the student's features to the teacher's channels: "csf", or "review" for Knowledge
+            Review, with its own width; default "csf".
+        logit_loss: Divergence of class scores: "kd_kl", softmaxes over classes, or "cwd", over pixels; default "kd_kl".
 
     Raises:
         ValueError: If an option has no meaning, or legacy is used over several processes.
@@ -98,10 +105,14 @@ class TransKD(nn.Module):
         resize_student: bool = False,
         logits: bool = False,
         logit_temperature: float = 1.0,
+        fusion: str = "csf",
+        logit_loss: str = "kd_kl",
     ) -> None:
         super().__init__()
         _check_choice("variant", variant, VARIANTS)
         _check_choice("feature_loss", feature_loss, FEATURE_LOSSES)
+        _check_choice("fusion", fusion, FUSIONS)
+        _check_choice("logit_loss", logit_loss, tuple(LOGIT_LOSSES))
         per_stage: dict[str, Sequence[Any]] = {
             "student_channels": student_channels,
             "teacher_channels": teacher_channels,
@@ -132,14 +143,21 @@ class TransKD(nn.Module):
 
         self.student = student
         self.skfs: CSF | None = None
+        self.review: Review | None = None
         if features:
-            self.skfs = CSF(student_channels, teacher_channels, mid_channels, legacy=legacy)
+            if fusion == "review":
+                self.review = Review(student_channels, teacher_channels)
+            else:
+                self.skfs = CSF(student_channels, teacher_channels, mid_channels, legacy=legacy)
             self.criterion: HCLLoss | CWDLoss = (
                 HCLLoss(feature_weights, level_weights, resize_student)
                 if feature_loss == "hcl"
                 else CWDLoss(temperature, feature_weights, resize_student)
             )
-        self.logit_criterion = KDLoss(logit_temperature) if logits else None
+        self.logit_loss = LOGIT_LOSSES[logit_loss]
+        self.logit_criterion: KDLoss | CWDLoss | None = None
+        if logits:
+            self.logit_criterion = KDLoss(logit_temperature) if logit_loss == "kd_kl" else CWDLoss(logit_temperature)
         if self.embeddings:
             self._add_projections()
         if variant == "gl":
@@ -189,17 +207,20 @@ class TransKD(nn.Module):
         if self.variant == "ea":
             self._check_assisted(images, outputs)
         if teacher is None:
-            fused = [] if self.skfs is None else self.skfs(outputs.features)
+            fusion = self.skfs if self.review is None else self.review
+            fused = [] if fusion is None else fusion(outputs.features)
             return TransKDOutput(outputs.logits, {}, fused, self._project(images, outputs))
         self._check_stages("teacher", teacher, self.teacher_channels)
         self._check_teacher(outputs, teacher)
         losses = {}
         if self.skfs is not None:
             losses[self.feature_loss] = self._feature_loss(self.skfs, outputs.features, teacher.features)
+        if self.review is not None:
+            losses[self.feature_loss] = self.criterion(self.review(outputs.features), teacher.features)
         if self.embeddings:
             losses["pea"] = self._pea_loss(images, outputs, teacher)
         if self.logit_criterion is not None:
-            losses["kd_kl"] = self.logit_criterion(outputs.logits, teacher.logits)
+            losses[self.logit_loss] = self._logit_loss(self.logit_criterion, outputs.logits, teacher.logits)
         return TransKDOutput(outputs.logits, losses, None, None)
 
     def _feature_loss(self, csf: CSF, features: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -219,6 +240,10 @@ class TransKD(nn.Module):
             process_group=process_group,
             samples=samples,
         )
+
+    @staticmethod
+    def _logit_loss(criterion: KDLoss | CWDLoss, student: Tensor | None, teacher: Tensor | None) -> Tensor:
+        return criterion(student, teacher) if isinstance(criterion, KDLoss) else criterion([student], [teacher])
 
     def _projections(self) -> list[nn.Module]:
         return [self.get_submodule(self._projection_name(m)) for m in self.embeddings]
@@ -276,7 +301,8 @@ class TransKD(nn.Module):
 
     def _used(self, outputs: StageOutputs) -> dict[str, list[Tensor]]:
         """Selects what takes part; a model without patch embeddings may give none where none are aligned."""
-        features = {"features": outputs.features} if self.skfs is not None or self.variant == "ea" else {}
+        fused = self.skfs is not None or self.review is not None
+        features = {"features": outputs.features} if fused or self.variant == "ea" else {}
         return features | ({"embeddings": outputs.embeddings} if self.embeddings else {})
 
     def _scores(self, who: str, outputs: StageOutputs) -> list[Tensor]:

@@ -30,6 +30,7 @@ def class_table(classes: Sequence[str], columns: dict[str, Scores]) -> str:
     for index, name in enumerate(classes):
         lines.append(f"{name:<{width}}" + "".join(f"{cell(s.iou[index]):>10}" for s in columns.values()))
     lines.append(f"{'mIoU':<{width}}" + "".join(f"{cell(s.miou):>10}" for s in columns.values()))
+    lines.append(f"{'mIoU, stride 4':<{width}}" + "".join(f"{cell(s.miou_stride4):>10}" for s in columns.values()))
     lines.append(f"{'pixel accuracy':<{width}}" + "".join(f"{cell(s.pixel_accuracy):>10}" for s in columns.values()))
     return "\n".join(lines)
 

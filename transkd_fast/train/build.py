@@ -211,6 +211,8 @@ def build_transkd(config: Config, student: Network, teacher: Network) -> TransKD
             resize_student=settings.resize_student,
             logits=settings.logits,
             logit_temperature=settings.logit_temperature,
+            fusion=settings.fusion,
+            logit_loss=settings.logit_loss,
         )
     return model.to(select_device(config.device))
 

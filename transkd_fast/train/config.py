@@ -16,7 +16,9 @@ from transkd_fast.backends import BACKENDS
 from transkd_fast.data import DATASETS
 from transkd_fast.models import MODELS
 from transkd_fast.reference.hcl import LEVEL_WEIGHTS
+from transkd_fast.train import methods
 from transkd_fast.train.settings import Config, DataConfig, DistillConfig, FitConfig
+from transkd_fast.transkd import FUSIONS, LOGIT_LOSSES
 
 
 class ConfigError(ValueError):
@@ -37,8 +39,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         ConfigError: if the file cannot be read, a key is unknown, or a value has the wrong type or range.
     """
     merged = OmegaConf.structured(Config)
+    given: set[str] = set()  # keys of distill
     if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path)), str(path))
+        content = _read_yaml(Path(path))
+        merged = _merge(merged, content, str(path))
+        given |= _distill_keys(content)
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not all(key.split(".")):
@@ -48,11 +53,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         except Exception as error:
             raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
         merged = _merge(merged, addition, f"override {override!r}")
+        given |= _distill_keys(addition)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(f"bad value for {error.full_key!r}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
+    _apply_method(config, given)
     check_config(config)
     return config
 
@@ -77,6 +84,22 @@ def _read_yaml(path: Path) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of keys at the top, got a {type(content).__name__}")
     return content
+
+
+def _distill_keys(content: DictConfig) -> set[str]:
+    section = content.get("distill")
+    return set(map(str, section)) if isinstance(section, DictConfig) else set()
+
+
+def _apply_method(config: Config, given: set[str]) -> None:
+    method = config.distill.method
+    _one_of("distill.method", method, (methods.CUSTOM, *methods.METHODS))
+    for key, (wanted, got) in methods.contradictions(config.distill, given).items():
+        raise ConfigError(
+            f"distill.{key}: expected {wanted!r}, which distill.method={method!r} stands for, got {got!r}; leave the"
+            f" key out, or set distill.method={methods.CUSTOM}"
+        )
+    methods.apply(config.distill, given)
 
 
 def _merge(base: Any, addition: DictConfig, source: str) -> Any:
@@ -191,7 +214,10 @@ def _check_fit(name: str, fit: FitConfig) -> None:
 
 def _check_distill(distill: DistillConfig) -> None:
     _one_of("distill.variant", distill.variant, ("base", "gl", "ea"))
+    _one_of("distill.method", distill.method, (methods.CUSTOM, *methods.METHODS))
+    _one_of("distill.fusion", distill.fusion, FUSIONS)
     _one_of("distill.feature_loss", distill.feature_loss, ("hcl", "cwd", None))
+    _one_of("distill.logit_loss", distill.logit_loss, tuple(LOGIT_LOSSES))
     for key in ("mid_channels", "temperature", "logit_temperature"):
         _positive(f"distill.{key}", getattr(distill, key))
     for key in ("feature_weight", "embedding_weight", "logit_weight"):

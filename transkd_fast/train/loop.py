@@ -276,13 +276,15 @@ class Trainer:
 
     def _finish_epoch(self, train_row: dict[str, float], scores: Scores | None) -> None:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.epoch * len(self.train_loader), **train_row}
-        row |= {"val/miou": "", "val/pixel_accuracy": "", **{f"val/iou/{name}": "" for name in self.classes}}
+        row |= {"val/miou": "", "val/pixel_accuracy": "", "val/miou_stride4": ""}
+        row |= {f"val/iou/{name}": "" for name in self.classes}
         improved = False
         if scores is not None:
             self.last_scores = scores
             improved = scores.miou > self.best_miou
             self.best_miou = max(self.best_miou, scores.miou)
             row |= {"val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}
+            row["val/miou_stride4"] = scores.miou_stride4
             row |= {f"val/iou/{name}": iou for name, iou in zip(self.classes, scores.iou, strict=True)}
         self._append_metrics(row)
         # last.pt comes last: a run that is interrupted before it repeats the epoch, and the other files with it.

@@ -105,11 +105,14 @@ class DistillConfig:
     """The distillation terms, see :class:`transkd_fast.TransKD`.
 
     Args:
+        method: one of ``transkd_fast.train.methods.METHODS``, which sets the keys that it stands for; "custom" leaves
+            all keys as they are.
         enabled: False trains the student alone.
         variant: "base", "gl" or "ea".
         mid_channels: width of CSF.
         legacy: the published batch-1 rule.
-        feature_loss: "hcl" or "cwd" between CSF's maps and the teacher's features; null for no CSF.
+        fusion: "csf", or "review" for Knowledge Review, brings the student's features to the teacher's channels.
+        feature_loss: "hcl" or "cwd" between these maps and the teacher's features; null for no features.
         feature_weight: factor of the feature loss.
         feature_stage_weights: factor per stage in it, fine to coarse.
         embeddings: stages whose patch embeddings are aligned, out of 1 to 4.
@@ -119,14 +122,17 @@ class DistillConfig:
         feature_level_weights: of "hcl": factor per pooled level, 4 x 4, 2 x 2, 1 x 1; the full size has 1.
         resize_student: resize CSF's maps to the teacher's where they differ in height or width, instead of refusing.
         logits: distil class scores too; the teacher then runs with its decoder.
+        logit_loss: "kd_kl", softmaxes over classes, or "cwd", softmaxes over pixels.
         logit_weight: factor of the loss between class scores.
         logit_temperature: temperature of that loss.
     """
 
+    method: str = "custom"
     enabled: bool = True
     variant: str = "base"
     mid_channels: int = 64
     legacy: bool = False
+    fusion: str = "csf"
     feature_loss: str | None = "hcl"
     feature_weight: float = 1.0
     feature_stage_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0])
@@ -137,6 +143,7 @@ class DistillConfig:
     feature_level_weights: list[float] = field(default_factory=lambda: list(LEVEL_WEIGHTS))
     resize_student: bool = False
     logits: bool = False
+    logit_loss: str = "kd_kl"
     logit_weight: float = 1.0
     logit_temperature: float = 1.0
 

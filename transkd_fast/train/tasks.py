@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transkd_fast import functional
 from transkd_fast.data import IGNORE_INDEX
 from transkd_fast.models import StageOutputs
+from transkd_fast.train.metrics import nearest_labels
 from transkd_fast.transkd import TransKD
 
 
@@ -56,22 +57,6 @@ class LabelLoss:
         """Hand over the counts and start anew; see :class:`transkd_fast.functional.SegCE` for what is counted."""
         counts, self.counts = self.counts, None
         return torch.zeros(4, dtype=torch.int64) if counts is None else counts
-
-
-def nearest_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels at another size, each that of the pixel whose centre is nearest.
-
-    Args:
-        labels: [B, H, W].
-        size: height and width of the result in pixels.
-
-    Returns:
-        [B, *size], labels' dtype.
-    """
-    for dim, (wanted, given) in enumerate(zip(size, labels.shape[1:], strict=True), start=1):
-        index = (2 * torch.arange(wanted, device=labels.device) + 1) * given // (2 * wanted)
-        labels = labels.index_select(dim, index)
-    return labels
 
 
 class SegmentationTask:
@@ -133,7 +118,7 @@ class DistillationTask:
     ) -> None:
         self.model = model
         self.teacher = teacher.eval().requires_grad_(False)
-        self.weights = {model.feature_loss: feature_weight, "pea": embedding_weight, "kd_kl": logit_weight}
+        self.weights = {model.feature_loss: feature_weight, "pea": embedding_weight, model.logit_loss: logit_weight}
         self.cross_entropy = LabelLoss(class_weights, quarter_labels)
 
     @property
