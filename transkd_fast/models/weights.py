@@ -64,10 +64,9 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Mapping[str
         Names of the published checkpoints: TransKD and SegFormer.
     """
     if isinstance(source, Mapping):
-        name, content = "mapping", source
+        name, state = "mapping", _unwrap(_state_dict(source, "mapping"))
     else:
-        name, content = os.fspath(source), _read(Path(source))
-    state = _unwrap(_state_dict(content, name))
+        name, (state, _) = os.fspath(source), read_weights(source)
     taken = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not taken:
         raise WeightsError(
@@ -78,6 +77,22 @@ def load_weights(module: nn.Module, source: str | os.PathLike[str] | Mapping[str
     _check(module, taken, name)
     module.load_state_dict(taken)
     return LoadReport(source=name, loaded=len(taken), unused=len(state) - len(taken))
+
+
+def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Reads a state dict from a file, without running code that the file may hold.
+
+    Args:
+        path: A file as `load_weights` takes it.
+
+    Returns:
+        The state dict without a wrapper's prefix, and all that the file holds.
+
+    Raises:
+        WeightsError: If the file is missing, unreadable or truncated, or holds no state dict.
+    """
+    content = _read(Path(path))
+    return _unwrap(_state_dict(content, os.fspath(path))), content
 
 
 def describe_state(state: Mapping[str, Tensor]) -> str:
@@ -111,6 +126,32 @@ def describe_state(state: Mapping[str, Tensor]) -> str:
         if (channels, depths, decoder) == config:
             return f"SegFormer-{variant.upper()} with {num_classes} classes"
     return f"a SegFormer with {num_classes} classes, decoder width {decoder}, {sizes}"
+
+
+def mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Compares a state dict with that of a module; nothing is read but keys, shapes and kinds of numbers.
+
+    Args:
+        own: The module's state dict, which may be on the meta device.
+        state: The state dict to load into it.
+
+    Returns:
+        By kind ("missing", "unexpected", "mis-shaped", "mis-typed") every key that does not fit.
+    """
+    return {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "mis-shaped": [
+            f"{key} (expected {list(own[key].shape)}, got {list(value.shape)})"
+            for key, value in state.items()
+            if key in own and own[key].shape != value.shape
+        ],
+        "mis-typed": [
+            f"{key} (expected {own[key].dtype}, got {value.dtype})"
+            for key, value in state.items()
+            if key in own and own[key].is_floating_point() != value.is_floating_point()
+        ],
+    }
 
 
 def _read(path: Path) -> Any:
@@ -159,20 +200,7 @@ def _check(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     own: dict[str, Tensor] = module.state_dict()
     if any(value.is_meta for value in own.values()):
         raise WeightsError("load_weights: expected a module with storage, got one on the meta device; use to_empty()")
-    problems = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "mis-shaped": [
-            f"{key} (expected {list(own[key].shape)}, got {list(value.shape)})"
-            for key, value in state.items()
-            if key in own and own[key].shape != value.shape
-        ],
-        "mis-typed": [
-            f"{key} (expected {own[key].dtype}, got {value.dtype})"
-            for key, value in state.items()
-            if key in own and own[key].is_floating_point() != value.is_floating_point()
-        ],
-    }
+    problems = mismatches(own, state)
     lines = []
     for kind, keys in problems.items():
         if keys:
