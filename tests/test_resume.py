@@ -32,13 +32,18 @@ def uninterrupted(tmp_path_factory):
     return whole_run(tmp_path_factory.mktemp("whole") / "run")
 
 
+def without_speed(table):
+    return [{**row, "images_per_second": ""} for row in table]
+
+
 def outcome(run_dir):
     """What must not depend on how a run came about: weights, optimiser, scores, metrics without the speed."""
     result = {}
     for name in ("teacher", "student"):
         for file in ("last.pt", "best.pt"):
-            result[f"{name}/{file}"] = load_checkpoint(run_dir / name / file)
-        result[f"{name}/metrics.csv"] = [{**row, "images_per_second": ""} for row in rows(run_dir / name)]
+            content = load_checkpoint(run_dir / name / file)
+            result[f"{name}/{file}"] = content | {"rows": without_speed(content["rows"])}
+        result[f"{name}/metrics.csv"] = without_speed(rows(run_dir / name))
     summary = json.loads((run_dir / "summary.json").read_text())
     return result | {"summary": {**summary, "images_per_second": None}}
 
@@ -46,10 +51,10 @@ def outcome(run_dir):
 def stop_at_step(monkeypatch, name, step):
     make_step = Trainer._step
 
-    def stopping(self, images, labels, number):
+    def stopping(self, batches, number, *rest):
         if (self.name, number) == (name, step):
             raise KeyboardInterrupt
-        return make_step(self, images, labels, number)
+        return make_step(self, batches, number, *rest)
 
     monkeypatch.setattr(Trainer, "_step", stopping)
 
@@ -57,10 +62,10 @@ def stop_at_step(monkeypatch, name, step):
 def stop_at_save(monkeypatch, name, file, epoch):
     save = loop.save_checkpoint
 
-    def stopping(content, path):
+    def stopping(content, path, **options):
         if (path.parent.name, path.name, content["epoch"]) == (name, file, epoch):
             raise KeyboardInterrupt
-        save(content, path)
+        save(content, path, **options)
 
     monkeypatch.setattr(loop, "save_checkpoint", stopping)
 

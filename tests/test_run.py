@@ -74,11 +74,12 @@ def test_nothing_to_resume(tmp_path):
 
 
 def test_what_a_run_folder_holds(uninterrupted):
+    files = ("metrics.csv", "last.pt", "last.previous.pt", "best.pt")
     assert {str(path.relative_to(uninterrupted)) for path in uninterrupted.rglob("*") if path.is_file()} == {
         "config.yaml",
         "environment.json",
         "summary.json",
-        *(f"{name}/{file}" for name in ("teacher", "student") for file in ("metrics.csv", "last.pt", "best.pt")),
+        *(f"{name}/{file}" for name in ("teacher", "student") for file in files),
     }
     assert load_config(uninterrupted / "config.yaml") == tiny_config(uninterrupted, **RUN)
     assert json.loads((uninterrupted / "environment.json").read_text())["build"]["extensions"]["_C"]["loaded"]

@@ -15,10 +15,11 @@ from torch.optim.lr_scheduler import PolynomialLR
 from transkd_fast import functional, models
 from transkd_fast.train import ConfigError, TrainingError, build, train
 from transkd_fast.train.checkpoint import load_checkpoint
-from transkd_fast.train.loop import Trainer, learning_rate
+from transkd_fast.train.loop import Trainer
 from transkd_fast.train.memory import keep_freed_memory, peak_memory
 from transkd_fast.train.metrics import nearest_labels
 from transkd_fast.train.settings import FitConfig
+from transkd_fast.train.step import learning_rate
 from transkd_fast.train.tasks import DistillationTask, LabelLoss
 
 CPU = torch.device("cpu")
@@ -105,7 +106,8 @@ def test_a_step_is_adamw_on_the_sum_of_the_terms(tmp_path):
     trainer = make_trainer(config, tmp_path)
     task = copy.deepcopy(trainer.task)
     trainer.fit()
-    optimizer = torch.optim.AdamW(task.model.parameters(), lr=0.01, betas=(0.8, 0.99), weight_decay=0.1)
+    betas = (0.8, 0.99)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=0.01, betas=betas, weight_decay=0.1, fused=True)
     trainer.train_loader.sampler.set_epoch(0)
     for rate, (images, labels) in zip((0.01, 0.005), trainer.train_loader, strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -121,7 +123,7 @@ def test_every_epoch_has_its_own_order_and_augmentation(augment, tmp_path, monke
     config = tiny_config(tmp_path, fit__epochs=2, data__augment=augment, data__train_length=8)
     trainer, seen = make_trainer(config, tmp_path), []
     step = trainer._step
-    monkeypatch.setattr(trainer, "_step", lambda images, *rest: (seen.extend(images), step(images, *rest))[1])
+    monkeypatch.setattr(trainer, "_step", lambda batches, *rest: (seen.extend(batches[0][0]), step(batches, *rest))[1])
     trainer.fit()
     first, second = ([tuple(image.flatten().tolist()) for image in epoch] for epoch in (seen[:8], seen[8:]))
     assert first != second
@@ -269,6 +271,7 @@ def spoil(trainer, name, value, after):
 def test_a_weight_that_is_not_finite_is_named(variant, name, value, after, tmp_path):
     """After the step that it spoils none is finite, and the next look comes at the end of the epoch of four steps."""
     trainer = make_trainer(tiny_config(tmp_path, distill__variant=variant, data__train_length=8), tmp_path)
+    trainer.stepper.looks = False  # at every step, as on a GPU
     with pytest.raises(TrainingError) as error:
         spoil(trainer, name, value, after).fit()
     assert str(error.value) == (
@@ -302,6 +305,7 @@ def test_of_many_weights_that_are_not_finite_a_few_are_named(tmp_path):
 
 def test_weights_are_not_blamed_for_a_loss_that_broke_first(tmp_path, monkeypatch):
     trainer, calls = make_trainer(tiny_config(tmp_path, data__train_length=8), tmp_path), []
+    trainer.stepper.looks = False
     losses = trainer.task.losses
 
     def broken(images, labels):

@@ -72,12 +72,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
     Args:
         device: where the step runs.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
 
     Returns:
         A context manager; a plain one for fp32.
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def build_dataset(config: Config, split: str) -> data.SegmentationDataset:

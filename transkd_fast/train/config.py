@@ -154,7 +154,12 @@ def check_config(config: Config) -> None:
         ConfigError: naming the key, what was expected and what came.
     """
     _expect(bool(config.run_dir), "run_dir", "the name of a folder", config.run_dir)
-    _one_of("precision", config.precision, ("fp32", "bf16"))
+    _one_of("precision", config.precision, ("fp32", "bf16", "fp16"))
+    _one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
+    every = config.checkpoint_every
+    _expect(every is None or every > 0, "checkpoint_every", "a positive number or null", every)
+    _positive("checkpoint_minutes", config.checkpoint_minutes)
+    _not_negative("skip_limit", config.skip_limit)
     _one_of("backend", config.backend, (None, "auto", *BACKENDS))
     device = config.device.split(":")[0]
     _expect(device in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu', 'cuda' or 'cuda:N'", config.device)
@@ -195,13 +200,14 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_fit(name: str, fit: FitConfig) -> None:
-    for key in ("epochs", "batch_size", "lr", "power", "eval_every"):
+    for key in ("epochs", "batch_size", "lr", "power", "eval_every", "accumulate"):
         _positive(f"{name}.{key}", getattr(fit, key))
     for key in ("weight_decay", "warmup_steps"):
         _not_negative(f"{name}.{key}", getattr(fit, key))
     _expect(
         len(fit.betas) == 2 and all(0 <= b < 1 for b in fit.betas), f"{name}.betas", "two numbers in [0, 1)", fit.betas
     )
+    _expect(fit.ema is None or 0 < fit.ema < 1, f"{name}.ema", "a decay between 0 and 1, or null", fit.ema)
     _expect(fit.clip_norm is None or fit.clip_norm > 0, f"{name}.clip_norm", "a positive number or null", fit.clip_norm)
     factors = fit.class_weights
     _expect(

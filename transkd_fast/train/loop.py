@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +17,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from transkd_fast import backends
-from transkd_fast.data import IGNORE_INDEX, EpochSampler
-from transkd_fast.models import load_weights
-from transkd_fast.train.build import Log, autocast, derived_seed
-from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, save_checkpoint, write_text
+from transkd_fast.data import EpochSampler
+from transkd_fast.train import guards, messages
+from transkd_fast.train.build import Log, autocast
+from transkd_fast.train.checkpoint import remove_leftovers, save_checkpoint, write_text
+from transkd_fast.train.config import ConfigError
+from transkd_fast.train.distributed import ALONE, Processes
 from transkd_fast.train.metrics import Scores, SegmentationMeter
 from transkd_fast.train.observers import Observer
+from transkd_fast.train.progress import Progress, checkpoint_of, restore
 from transkd_fast.train.settings import Config, FitConfig
-from transkd_fast.train.tasks import DistillationTask, Task, TrainingError
-
-NAMED = 3  # of the weights that are not finite, in the message
+from transkd_fast.train.signals import SigtermNote, Terminated
+from transkd_fast.train.step import Stepper, StepResult
+from transkd_fast.train.tasks import Task, TrainingError
 
 
 @dataclass
@@ -50,7 +53,12 @@ class FitResult:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, precision: str
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+    precision: str,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Score a network at label size.
 
@@ -59,10 +67,11 @@ def evaluate(
         loader: yields images [B, 3, h, w] and labels [B, H, W].
         num_classes: number of classes of the dataset.
         device: where to run.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
+        processes: each has a loader of its own share of the frames.
 
     Returns:
-        The scores over the whole loader.
+        The scores over the whole loader, of all processes together.
     """
     training = model.training
     model.eval()
@@ -74,24 +83,7 @@ def evaluate(
             meter.update(logits, labels.to(device, torch.int64, non_blocking=True))
     finally:
         model.train(training)
-    return meter.compute()
-
-
-def learning_rate(fit: FitConfig, step: int, total: int) -> float:
-    """The rate of one step: linear warm-up, then polynomial decay that reaches 0 at the end.
-
-    Args:
-        fit: the training's settings.
-        step: number of steps already made.
-        total: number of steps of the whole training.
-
-    Returns:
-        The learning rate.
-    """
-    if step < fit.warmup_steps:
-        return fit.lr * (step + 1) / fit.warmup_steps
-    progress = (step - fit.warmup_steps) / max(1, total - fit.warmup_steps)
-    return fit.lr * (1 - min(progress, 1.0)) ** fit.power
+    return meter.compute(processes.sum)
 
 
 class Trainer:
@@ -102,13 +94,17 @@ class Trainer:
         name: "teacher" or "student"; also the folder's name and the seed's purpose.
         task: gives the losses.
         fit: epochs, batch size, optimiser.
-        train_loader: training batches.
-        val_loader: validation batches.
+        train_loader: training batches; this process's share of them.
+        val_loader: validation batches; this process's share of them.
         classes: class names of the dataset.
-        folder: where metrics.csv, last.pt and best.pt go; made when training starts.
+        folder: where metrics.csv, last.pt, last.previous.pt and best.pt go; made when training starts.
         meta: facts kept in the checkpoint, from which `transkd eval` builds the network again.
         log: receives one line per epoch.
         observers: watch the training.
+        processes: those that train together; the first one writes.
+
+    Raises:
+        ConfigError: if an epoch has no step.
     """
 
     def __init__(
@@ -124,29 +120,50 @@ class Trainer:
         meta: dict[str, Any],
         log: Log = tqdm.write,
         observers: Sequence[Observer] = (),
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.name, self.task, self.fit_config = config, name, task, fit
         self.train_loader, self.val_loader, self.classes = train_loader, val_loader, tuple(classes)
         self.folder, self.meta, self.log, self.observers = folder, meta, log, tuple(observers)
-        self.device = next(task.model.parameters()).device
-        self.total_steps = fit.epochs * len(train_loader)
-        betas = (fit.betas[0], fit.betas[1])
-        parameters = [p for p in task.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=fit.lr, betas=betas, weight_decay=fit.weight_decay)
-        self.epoch = 0
-        self.best_miou = -math.inf
-        self.last_scores: Scores | None = None
-        self.rows: list[dict[str, Any]] = []
+        self.processes = processes
+        self.steps_per_epoch = len(train_loader) // fit.accumulate
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"{name}: expected at least {fit.accumulate} batches per epoch for fit.accumulate={fit.accumulate}, got"
+                f" {len(train_loader)}; lower accumulate or batch_size"
+            )
+        self.stepper = Stepper(config, name, task, fit, fit.epochs * self.steps_per_epoch, processes)
+        self.device, self.optimizer = self.stepper.device, self.stepper.optimizer
+        self.progress = Progress()
+        self._sigterm = SigtermNote()
+        self._gradients: dict[str, float] = {}
+        self._saved_at = (time.monotonic(), 0)  # and the step
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return self.progress.epoch
+
+    @property
+    def step(self) -> int:
+        """Number of steps made since the training's very start."""
+        return self.epoch * self.steps_per_epoch + self.progress.steps
 
     @property
     def last(self) -> Path:
-        """Checkpoint after the last finished epoch."""
+        """The newest checkpoint."""
         return self.folder / "last.pt"
 
     @property
     def best(self) -> Path:
         """Checkpoint of the best mIoU."""
         return self.folder / "best.pt"
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is evaluated: the average of the weights where one is kept."""
+        average = self.stepper.average
+        return self.task.deployed if average is None else average.module
 
     def fit(self) -> FitResult:
         """Train to the last epoch, from the last checkpoint if the run resumes.
@@ -155,142 +172,201 @@ class Trainer:
             The result.
 
         Raises:
-            TrainingError: if a loss, the gradient's norm, a weight or a running statistic is not finite, or a label is
-                out of range.
-            CheckpointError: if the checkpoint to resume from is broken or of another run.
+            TrainingError: if a loss, the gradient's norm, a weight or a running statistic is not finite, a label is
+                out of range, or memory does not suffice.
+            CheckpointError: if the checkpoint to resume from is broken or of another run, or none can be written.
             WeightsError: if its weights do not fit.
+            Terminated: if SIGTERM came; the checkpoint is written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.processes.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+        self.processes.wait()
         if self.config.resume:
-            if self.last.exists():
-                self._resume()
-            self._read_metrics()
+            restore(self)
+        self.processes.wait()  # before the first one writes another
         for observer in self.observers:
             observer.start(self)
+        self._saved_at = (time.monotonic(), self.step)
+        progress = self.progress
         seconds = images = 0.0
-        with backends.use_backend(self.config.backend):
-            while self.epoch < self.fit_config.epochs:
-                train_row, epoch_images, epoch_seconds = self._train_epoch()
-                images, seconds = images + epoch_images, seconds + epoch_seconds
-                self.epoch += 1
-                due = self.epoch % self.fit_config.eval_every == 0 or self.epoch == self.fit_config.epochs
-                scores = self.evaluate() if due else None
-                self._finish_epoch(train_row, scores)
-        if self.last_scores is None:
-            self.last_scores = self.evaluate()
-        return FitResult(self.last_scores, self.best_miou, images / seconds if seconds else 0.0, self.last, self.best)
+        try:
+            with backends.use_backend(self.config.backend), self._sigterm:
+                while self.epoch < self.fit_config.epochs:
+                    train_row, epoch_images, epoch_seconds = self._train_epoch()
+                    images, seconds = images + epoch_images, seconds + epoch_seconds
+                    ended = self.epoch + 1
+                    due = ended % self.fit_config.eval_every == 0 or ended == self.fit_config.epochs
+                    self._finish_epoch(train_row, self.evaluate() if due else None)
+                    if self.processes.any(self._sigterm.came, self.device):
+                        self._end_on_sigterm()
+                if progress.scores is None:
+                    progress.scores = self.evaluate()
+        except (RuntimeError, MemoryError) as error:
+            if not guards.is_out_of_memory(error):
+                raise
+            raise TrainingError(messages.out_of_memory(self, error)) from error
+        speed = images / seconds if seconds else 0.0
+        return FitResult(progress.scores, progress.best_miou, speed, self.last, self.best)
 
     def evaluate(self) -> Scores:
-        """Score the deployed network on the validation frames.
+        """Score the deployed network, or the average of its weights, on the validation frames.
 
         Returns:
             The scores.
         """
-        return evaluate(self.task.deployed, self.val_loader, len(self.classes), self.device, self.config.precision)
+        precision, count = self.config.precision, len(self.classes)
+        return evaluate(self.scored, self._until_sigterm(), count, self.device, precision, self.processes)
+
+    def _until_sigterm(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.val_loader:
+            yield batch
+            if self._sigterm.came and self.processes.count == 1:  # several would have to agree on a batch
+                self._save()
+                self._end_on_sigterm()
 
     def _train_epoch(self) -> tuple[dict[str, float], int, float]:
-        # Everything random in an epoch follows from its number, so that a resumed run goes the same way. The loader
-        # draws a number only when it starts worker processes, so it starts before the seed is set.
-        cast(EpochSampler, self.train_loader.sampler).set_epoch(self.epoch)
+        # Everything random in an epoch follows from its number and the step's, so a resumed run goes the same way.
+        progress, log_every = self.progress, self.config.log_every
+        images_per_step = self.fit_config.batch_size * self.fit_config.accumulate * self.processes.count
+        sampler = cast(EpochSampler, self.train_loader.sampler)
+        sampler.set_epoch(self.epoch, skip=progress.steps * images_per_step)
         batches = iter(self.train_loader)
-        torch.manual_seed(derived_seed(self.config.seed, self.name, self.epoch))
         self.task.model.train()
-        sums: dict[str, Tensor] = {}
-        counts = torch.zeros(4, dtype=torch.int64)
         self.task.cross_entropy.take_counts()
-        state = _floating(self.task.model)
+        state = guards.floating(self.task.model)
         broken = torch.zeros(len(state), dtype=torch.bool, device=self.device)
         images_seen = 0
         start = time.perf_counter()
-        label = f"{self.name} {self.epoch + 1}/{self.fit_config.epochs}"
-        with tqdm(total=len(self.train_loader), desc=label, unit="step", leave=False) as bar:
-            for index, (images, labels) in enumerate(batches):
-                broken |= _broken_first(state, sums)
-                terms = self._step(images, labels, self.epoch * len(self.train_loader) + index)
-                for key, value in terms.items():
-                    sums[key] = sums.get(key, 0) + value.detach()
-                images_seen += len(images)
+        means = progress.means() | progress.shares()  # of an epoch that was interrupted after its last step
+        bar = tqdm(
+            total=self.steps_per_epoch,
+            initial=progress.steps,
+            desc=f"{self.name} {self.epoch + 1}/{self.fit_config.epochs}",
+            unit="step",
+            leave=False,
+            disable=None if self.processes.first else True,
+        )
+        with bar:
+            while progress.steps < self.steps_per_epoch:
+                batch = [next(batches) for _ in range(self.fit_config.accumulate)]
+                broken |= guards.broken_first(state, progress.sums)
+                measure = self.config.log_gradients and (progress.steps + 1) % log_every == 0
+                self._take(self._step(batch, self.step, measure), state, broken)
+                images_seen += sum(len(images) for images, _ in batch) * self.processes.count
                 bar.update()
-                if (index + 1) % self.config.log_every == 0 or index + 1 == len(self.train_loader):
-                    names = [name for name, is_broken in zip(state, broken.tolist(), strict=True) if is_broken]
-                    counts += self.task.cross_entropy.take_counts().cpu()
-                    self._check_labels(int(counts[3]), index + 1)
-                    means = self._finite_means(sums, names, index + 1) | _shares(counts)
+                at_end = progress.steps == self.steps_per_epoch
+                if at_end or progress.steps % log_every == 0 or (self.processes.count == 1 and self._save_due()):
+                    means = self._look(state, broken)
                     rate = images_seen / (time.perf_counter() - start)
-                    self._tell_observers(index + 1, means | {"images_per_second": rate})
+                    self._tell_observers(means | {"images_per_second": rate})
                     bar.set_postfix_str(f"{rate:.1f} img/s " + " ".join(f"{k} {v:.3f}" for k, v in means.items()))
+                    self._save_within_epoch(at_end)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
         row = {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_seen / seconds}
         return row | {f"train/{key}": value for key, value in means.items()}, images_seen, seconds
 
-    def _step(self, images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.fit_config, step, self.total_steps)
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, torch.int64, non_blocking=True)
-        with autocast(self.device, self.config.precision):
-            terms = self.task.losses(images, labels)
-        terms = {"loss": torch.stack(list(terms.values())).sum(), **terms}
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        limit = math.inf if self.fit_config.clip_norm is None else self.fit_config.clip_norm
-        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), limit)
-        self.optimizer.step()
-        return terms
+    def _step(self, batches: list[tuple[Tensor, Tensor]], number: int, measure: bool = False) -> StepResult:
+        return self.stepper.step(batches, number, measure)
 
-    def _tell_observers(self, steps: int, values: dict[str, float]) -> None:
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
+    def _take(self, result: StepResult, state: dict[str, Tensor], broken: Tensor) -> None:
+        """Count a step's terms, or that it was skipped."""
+        progress = self.progress
+        progress.steps += 1
+        self._gradients = {key: value.item() for key, value in result.gradients.items()}
+        if result.made:
+            progress.in_a_row = 0
+            for key, value in result.terms.items():
+                progress.sums[key] = progress.sums.get(key, 0) + value
+            return
+        rescaled = result.finite_loss and self.stepper.scaler.is_enabled()
+        if not rescaled and self.config.on_nonfinite != "skip":
+            bad = [key for key, value in result.terms.items() if not value.isfinite()]
+            weights, where = guards.names_of(state, broken), f"at step {progress.steps}"
+            raise messages.not_finite(self, bad, weights, where, result.first)
+        progress.skipped += 1
+        progress.in_a_row += 1
+        for key, value in result.terms.items():
+            progress.sums.setdefault(key, torch.zeros_like(value))
+        if not rescaled:
+            place = f"step {progress.steps} of epoch {self.epoch + 1}"
+            self.log(f"{self.name}: {place} skipped: {result.first} is not finite; {progress.skipped} skipped so far")
+        if progress.in_a_row > self.config.skip_limit:
+            raise TrainingError(messages.too_many_skipped(self, result.first))
+
+    def _look(self, state: dict[str, Tensor], broken: Tensor) -> dict[str, float]:
+        """Read back what the steps since the last look came to."""
+        progress, processes = self.progress, self.processes
+        progress.counts += processes.sum(self.task.cross_entropy.take_counts().to(self.device)).cpu()
+        if out_of_range := int(progress.counts[3]):
+            raise TrainingError(messages.labels_out_of_range(self, out_of_range))
+        if processes.count > 1:
+            progress.sums = {key: processes.sum(value) / processes.count for key, value in progress.sums.items()}
+        means, names = progress.means(), guards.names_of(state, broken)
+        bad = [key for key, value in means.items() if not math.isfinite(value)]
+        if (bad and progress.skipped < progress.steps) or names:
+            where = f"within the last {self.config.log_every} steps up to step {progress.steps}"
+            raise messages.not_finite(self, bad, names or guards.broken_in_teacher(self.task), where)
+        means |= progress.shares()
+        skips = self.config.on_nonfinite == "skip" or self.stepper.scaler.is_enabled()
+        return means | {"skipped": float(progress.skipped)} if skips else means
+
+    def _tell_observers(self, values: dict[str, float]) -> None:
+        values |= {"lr": self.optimizer.param_groups[0]["lr"], **self._gradients}
+        if self._gradients:
+            norms = " ".join(f"{key.removeprefix('gradient/')} {norm:.3g}" for key, norm in self._gradients.items())
+            self.log(f"{self.name} step {self.step}: gradient norms {norms}")
         for observer in self.observers:
-            observer.step(self, self.epoch * len(self.train_loader) + steps, values)
+            observer.step(self, self.step, values)
 
-    def _check_labels(self, out_of_range: int, steps: int) -> None:
-        if out_of_range:
-            classes = self.meta.get("num_classes", len(self.classes))
-            raise TrainingError(
-                f"{self.name}: expected labels from 0 to {classes - 1} or {IGNORE_INDEX}, got"
-                f" {out_of_range} pixels with others in epoch {self.epoch + 1} within the last"
-                f" {self.config.log_every} steps up to step {steps}; set data.check=true to find the file, or map these"
-                f" labels to {IGNORE_INDEX}"
-            )
+    def _save_due(self) -> bool:
+        seconds, step = time.monotonic() - self._saved_at[0], self.step - self._saved_at[1]
+        every = self.config.checkpoint_every
+        return self._sigterm.came or seconds >= 60 * self.config.checkpoint_minutes or (every or math.inf) <= step
 
-    def _finite_means(self, sums: dict[str, Tensor], weights: list[str], steps: int) -> dict[str, float]:
-        means = {key: value.item() / steps for key, value in sums.items()}
-        broken = [key for key, value in means.items() if not math.isfinite(value)]
-        if not broken and not weights:
-            return means
-        if not weights and isinstance(self.task, DistillationTask):
-            state = _floating(self.task.teacher)  # which no step changes
-            flags = _not_finite(state).tolist()
-            weights = [f"the teacher's {name}" for name, is_broken in zip(state, flags, strict=True) if is_broken]
-        more = f" and {len(weights) - NAMED} more" if len(weights) > NAMED else ""
-        named = f"{', '.join(weights[:NAMED])}{more}"
-        advice = "check the weights that it started from, or " if weights else ""
-        raise TrainingError(
-            f"{self.name}: {', '.join(broken) or named} not finite in epoch {self.epoch + 1} within "
-            f"the last {self.config.log_every} steps up to step {steps}"
-            f"{f'; not finite before: {named}' if broken and weights else ''}; the last whole checkpoint is "
-            f"{self.last if self.last.exists() else 'none'}; {advice}try a lower learning rate or precision=fp32"
-        )
+    def _save_within_epoch(self, at_end: bool) -> None:
+        sigterm = self.processes.any(self._sigterm.came, self.device)
+        if sigterm or (self.processes.any(self._save_due(), self.device) and not at_end):
+            self._save()
+        if sigterm:
+            self._end_on_sigterm()
+
+    def _save(self, best: bool = False) -> None:
+        if names := guards.broken_names(guards.floating(self.task.model)):
+            raise messages.not_finite(self, [], names, f"after step {self.progress.steps}")
+        if moments := guards.broken_optimizer(self.optimizer, self.task.model):
+            raise messages.not_finite(self, [], moments, f"after step {self.progress.steps}")
+        if self.processes.first:
+            # last.pt comes last: a run that is interrupted before it repeats the epoch, and the other files with it.
+            if best:
+                save_checkpoint(checkpoint_of(self), self.best)
+            save_checkpoint(checkpoint_of(self), self.last, keep_previous=True)
+        self._saved_at = (time.monotonic(), self.step)
+
+    def _end_on_sigterm(self) -> None:
+        self.log(f"{self.name}: SIGTERM: stopped after step {self.step}; resume=true goes on from {self.last}")
+        raise Terminated
 
     def _finish_epoch(self, train_row: dict[str, float], scores: Scores | None) -> None:
-        row: dict[str, Any] = {"epoch": self.epoch, "step": self.epoch * len(self.train_loader), **train_row}
+        progress, step = self.progress, self.step
+        progress.end_epoch()
+        row: dict[str, Any] = {"epoch": self.epoch, "step": step, **train_row}
         row |= {"val/miou": "", "val/pixel_accuracy": "", "val/miou_stride4": ""}
         row |= {f"val/iou/{name}": "" for name in self.classes}
         improved = False
         if scores is not None:
-            self.last_scores = scores
-            improved = scores.miou > self.best_miou
-            self.best_miou = max(self.best_miou, scores.miou)
+            progress.scores = scores
+            improved = scores.miou > progress.best_miou
+            progress.best_miou = max(progress.best_miou, scores.miou)
             row |= {"val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}
             row["val/miou_stride4"] = scores.miou_stride4
             row |= {f"val/iou/{name}": iou for name, iou in zip(self.classes, scores.iou, strict=True)}
-        self._append_metrics(row)
-        # last.pt comes last: a run that is interrupted before it repeats the epoch, and the other files with it.
-        if improved:
-            save_checkpoint(self._state(), self.best)
-        save_checkpoint(self._state(), self.last)
+        progress.rows.append(row)
+        if self.processes.first:
+            self._write_metrics()
+        self._save(improved)
         miou = f"mIoU {100 * scores.miou:.2f} %" if scores is not None else "not evaluated"
         losses = " ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in train_row.items() if k.startswith("train/"))
         rate = f"{train_row['images_per_second']:.1f} img/s"
@@ -298,71 +374,10 @@ class Trainer:
         for observer in self.observers:
             observer.epoch(self, self.epoch, row, scores)
 
-    def _append_metrics(self, row: dict[str, Any]) -> None:
+    def _write_metrics(self) -> None:
         """Write all rows anew: the file is whole at any time, and its header fits its rows."""
-        self.rows.append(row)
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(row), extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(text, list(self.progress.rows[-1]), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows(self.progress.rows)
         write_text(text.getvalue(), self.folder / "metrics.csv")
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            **self.meta,
-            "classes": list(self.classes),
-            "model": self.task.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "step": self.epoch * len(self.train_loader),
-            "best_miou": self.best_miou,
-            "scores": self.last_scores._asdict() if self.last_scores is not None else None,
-        }
-
-    def _resume(self) -> None:
-        state = load_checkpoint(self.last, KEYS)
-        for key, value in self.meta.items():
-            if state.get(key) != value:
-                raise CheckpointError(
-                    f"{self.last}: expected a checkpoint with {key}={value!r}, got {state.get(key)!r}; "
-                    "resume with the run's own configuration or choose another run_dir"
-                )
-        load_weights(self.task.model, self.last)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.best_miou = state["epoch"], state["best_miou"]
-        self.last_scores = Scores(**state["scores"]) if state["scores"] is not None else None
-        self.log(f"{self.name}: resumed from {self.last} after epoch {self.epoch}/{self.fit_config.epochs}")
-
-    def _read_metrics(self) -> None:
-        """Take over the rows up to the checkpoint; later epochs are run again."""
-        path = self.folder / "metrics.csv"
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
-
-
-def _shares(counts: Tensor) -> dict[str, float]:
-    """What the logs say of the pixels that :class:`transkd_fast.functional.SegCE` counts."""
-    labelled, right, ignored, _ = counts.tolist()
-    return {
-        "pixel_accuracy": right / labelled if labelled else math.nan,
-        "ignored": ignored / (labelled + ignored) if labelled or ignored else math.nan,
-    }
-
-
-def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """The weights and running statistics of a network; an empty one is finite, and has no norm."""
-    return {name: t for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()}
-
-
-def _not_finite(state: dict[str, Tensor]) -> Tensor:
-    return ~torch.stack(torch._foreach_norm(list(state.values()), math.inf)).isfinite()
-
-
-def _broken_first(state: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
-    """Says what is not finite while every loss and gradient still was, without waiting for the device.
-
-    Afterwards it is too late to tell: one gradient that is not finite reaches every weight through the clipped norm.
-    """
-    broken = _not_finite(state)
-    return broken & torch.stack(list(sums.values())).isfinite().all() if sums else broken

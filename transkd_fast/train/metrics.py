@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,9 @@ class SegmentationMeter:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self._matrix, self._at_scores = (
-            MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE_INDEX, validate_args=False).to(device)
+            MulticlassConfusionMatrix(
+                num_classes, ignore_index=IGNORE_INDEX, validate_args=False, sync_on_compute=False
+            ).to(device)
             for _ in range(2)
         )
         self._ignored = torch.zeros((), dtype=torch.int64, device=device)
@@ -63,8 +66,11 @@ class SegmentationMeter:
         self._at_scores.update(logits.argmax(dim=1), nearest_labels(labels, (logits.shape[2], logits.shape[3])))
         self._ignored += (labels == IGNORE_INDEX).sum()
 
-    def compute(self) -> Scores:
+    def compute(self, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Scores:
         """The scores over everything added so far.
+
+        Args:
+            total: adds up counts over the processes that each had a share of the frames; default alone.
 
         Returns:
             The scores.
@@ -72,7 +78,7 @@ class SegmentationMeter:
         Raises:
             DataError: if no pixel was counted.
         """
-        matrix = self._matrix.compute().double()
+        matrix = total(self._matrix.compute()).double()
         if matrix.sum() == 0:
             raise DataError(
                 "evaluation: expected at least one labelled pixel, got only ignored ones; check the validation labels"
@@ -83,8 +89,8 @@ class SegmentationMeter:
             iou=iou.tolist(),
             pixel_accuracy=(matrix.diag().sum() / matrix.sum()).item(),
             pixels=int(matrix.sum().item()),
-            ignored=int(self._ignored.item()),
-            miou_stride4=_iou(self._at_scores.compute().double()).nanmean().item(),
+            ignored=int(total(self._ignored).item()),
+            miou_stride4=_iou(total(self._at_scores.compute()).double()).nanmean().item(),
         )
 
 

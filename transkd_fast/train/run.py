@@ -30,6 +30,7 @@ from transkd_fast.train.verify import VerifyReport, verify
 # What may change between the parts of a resumed run without making it another run.
 _FREE_TO_CHANGE = (
     *("run_dir", "resume", "device", "threads", "keep_memory", "log_every", "backend", "verify"),
+    *("checkpoint_every", "checkpoint_minutes", "on_nonfinite", "skip_limit", "log_gradients"),
     *("data.root", "data.check", "data.cache", "data.workers"),
 )
 

@@ -55,6 +55,9 @@ class FitConfig:
         clip_norm: limit of the gradients' global norm; null switches clipping off.
         class_weights: factor per class in the cross-entropy; null for 1 each.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
+        accumulate: batches whose gradients are added up for one step, as if they were one.
+        ema: decay per step of a moving average of the network's weights, which is then what is evaluated; null for
+            none.
     """
 
     epochs: int = 100
@@ -67,6 +70,8 @@ class FitConfig:
     clip_norm: float | None = 1.0
     class_weights: list[float] | None = None
     eval_every: int = 1
+    accumulate: int = 1
+    ema: float | None = None
 
 
 @dataclass
@@ -186,13 +191,21 @@ class Config:
         run_dir: folder that receives everything the run writes.
         seed: seed of weights, orders and augmentations.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: "fp32" or "bf16" (autocast).
+        precision: "fp32", "bf16" or "fp16" (autocast, the last with a scaled loss).
+        compile: run student and teacher through torch.compile in training.
+        channels_last: keep weights and images channels-last.
         backend: "auto" or one of ``transkd_fast.backends.BACKENDS``, for all ops; null leaves the choice to
             ``TRANSKD_FAST_BACKEND``, and to "auto" where that is not set.
         threads: CPU threads of torch; null leaves torch's choice.
         keep_memory: on CPU with glibc, keep freed memory in the process (see ``transkd_fast.train.memory``).
         resume: go on from the run folder's last checkpoints.
         log_every: steps between updates of the progress bar and checks for non-finite losses.
+        log_gradients: at these steps log the norm of every loss term's gradient, and that of every stage.
+        checkpoint_every: steps between checkpoints within an epoch; null for those of `checkpoint_minutes` alone.
+        checkpoint_minutes: minutes between checkpoints within an epoch; one is always written at its end.
+        on_nonfinite: "stop" at a loss or gradient that is not finite, or "skip" the step, which on a GPU costs a
+            synchronisation per step.
+        skip_limit: skipped steps in a row that are still no error.
         data: images.
         teacher: teacher.
         student: student.
@@ -206,11 +219,18 @@ class Config:
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
+    compile: bool = False
+    channels_last: bool = False
     backend: str | None = None
     threads: int | None = None
     keep_memory: bool = True
     resume: bool = False
     log_every: int = 10
+    log_gradients: bool = False
+    checkpoint_every: int | None = None
+    checkpoint_minutes: float = 10.0
+    on_nonfinite: str = "stop"
+    skip_limit: int = 20
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: ModelConfig = field(default_factory=ModelConfig)

@@ -53,6 +53,21 @@ class LabelLoss:
         self.counts = counts if self.counts is None else self.counts + counts
         return loss
 
+    def weight_of(self, labels: Tensor) -> Tensor:
+        """What the mean over a batch divides by: the summed class weights of its labelled pixels.
+
+        Args:
+            labels: [B, H, W], integers; those that count are below the number of class weights.
+
+        Returns:
+            float64, 0-d.
+        """
+        valid = labels != IGNORE_INDEX
+        if self.class_weights is None:
+            return valid.sum(dtype=torch.float64)
+        classes = len(self.class_weights)
+        return (self.class_weights[labels.clamp(0, classes - 1)] * valid).sum(dtype=torch.float64)
+
     def take_counts(self) -> Tensor:
         """Hand over the counts and start anew; see :class:`transkd_fast.functional.SegCE` for what is counted."""
         counts, self.counts = self.counts, None
@@ -70,6 +85,7 @@ class SegmentationTask:
 
     def __init__(self, model: nn.Module, class_weights: Tensor | None = None, quarter_labels: bool = False) -> None:
         self.model = model
+        self.network = model
         self.cross_entropy = LabelLoss(class_weights, quarter_labels)
 
     @property
@@ -90,7 +106,7 @@ class SegmentationTask:
         Raises:
             TrainingError: see `LabelLoss`.
         """
-        return {"ce": self.cross_entropy(self.model(images).logits, labels)}
+        return {"ce": self.cross_entropy(self.network(images).logits, labels)}
 
 
 class DistillationTask:
@@ -117,7 +133,9 @@ class DistillationTask:
         quarter_labels: bool = False,
     ) -> None:
         self.model = model
+        self.network: nn.Module = model
         self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher_network = self.teacher
         self.weights = {model.feature_loss: feature_weight, "pea": embedding_weight, model.logit_loss: logit_weight}
         self.cross_entropy = LabelLoss(class_weights, quarter_labels)
 
@@ -132,7 +150,7 @@ class DistillationTask:
         no_grad, not inference_mode: tensors made under inference_mode cannot be saved for the student's backward.
         """
         with torch.no_grad():
-            return self.teacher(images, features_only=self.model.logit_criterion is None)
+            return self.teacher_network(images, features_only=self.model.logit_criterion is None)
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The weighted loss terms of a batch; training minimises their sum.
@@ -147,7 +165,7 @@ class DistillationTask:
         Raises:
             TrainingError: see `LabelLoss`.
         """
-        output = self.model(images, self.teach(images))
+        output = self.network(images, self.teach(images))
         terms = {"ce": self.cross_entropy(output.logits, labels)}
         return terms | {name: self.weights[name] * loss for name, loss in output.losses.items()}
 
