@@ -2,7 +2,7 @@
 
 Exit codes: 0 success; 1 what was checked does not hold (verify disagrees, the demo's student did not learn); 2 verify
 ran no fused kernel; 3 bad input or a run that could not go on; 4 an error nobody foresaw, with its traceback; 130
-interrupted.
+interrupted; 143 stopped by SIGTERM, with a checkpoint from which resume=true goes on.
 """
 
 from __future__ import annotations

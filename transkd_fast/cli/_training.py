@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def _train(args: argparse.Namespace) -> int:
     from transkd_fast.train.run import train
 
     result = train(config_of(args))
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first one speaks
+        return 0
     print(class_table(result.classes, {"before": result.before, "after": result.student.scores}))
     print(f"{result.student.images_per_second:.1f} images/s in training; run folder {result.run_dir}")
     return 0

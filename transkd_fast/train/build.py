@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from transkd_fast import data, models
 from transkd_fast.train.config import ConfigError
+from transkd_fast.train.distributed import ALONE, Processes
 from transkd_fast.train.settings import Config, FitConfig, ModelConfig
 from transkd_fast.train.tasks import DistillationTask
 from transkd_fast.transkd import TransKD
@@ -118,7 +119,12 @@ def build_dataset(config: Config, split: str) -> data.SegmentationDataset:
 
 
 def build_loader(
-    config: Config, dataset: data.SegmentationDataset, fit: FitConfig, phase: str, train: bool
+    config: Config,
+    dataset: data.SegmentationDataset,
+    fit: FitConfig,
+    phase: str,
+    train: bool,
+    processes: Processes = ALONE,
 ) -> DataLoader[Any]:
     """A loader that repeats itself for the same seed and epoch.
 
@@ -128,6 +134,7 @@ def build_loader(
         fit: gives the batch size.
         phase: name that the order is derived from.
         train: shuffle, and drop the last batch when it is not full.
+        processes: those that share the frames; default alone.
 
     Returns:
         The loader.
@@ -137,7 +144,16 @@ def build_loader(
     """
     seed = derived_seed(config.seed, phase)
     try:
-        return data.make_loader(dataset, fit.batch_size, train, seed, config.data.workers, drop_last=train)
+        return data.make_loader(
+            dataset,
+            fit.batch_size,
+            train,
+            seed,
+            config.data.workers,
+            drop_last=train,
+            rank=processes.rank,
+            replicas=processes.count,
+        )
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
 

@@ -19,6 +19,7 @@ from transkd_fast.train import build
 from transkd_fast.train.build import Log, Network
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, write_text
 from transkd_fast.train.config import ConfigError, load_config, save_config
+from transkd_fast.train.distributed import Processes, joined
 from transkd_fast.train.loop import FitResult, Trainer, evaluate
 from transkd_fast.train.memory import keep_freed_memory
 from transkd_fast.train.metrics import Scores
@@ -82,7 +83,8 @@ def train(config: Config, log: Log = tqdm.write, observers: Sequence[Observer] =
     Args:
         config: the run's configuration.
         log: receives progress lines.
-        observers: watch the trainings; each is closed when the run ends, however it ends.
+        observers: watch the trainings; each is closed when the run ends, however it ends. Under torchrun they and the
+            log are told by the first process alone, which is the one that writes.
 
     Returns:
         The result; the run folder holds config.yaml, environment.json, summary.json and a folder per trained network.
@@ -94,20 +96,22 @@ def train(config: Config, log: Log = tqdm.write, observers: Sequence[Observer] =
         TrainingError: if a loss is not finite.
     """
     try:
-        return _train(config, log, observers)
+        with joined(config) as processes:
+            if processes.first:
+                return _train(config, log, observers, processes)
+            return _train(config, lambda line: None, (), processes)
     finally:
         for observer in observers:
             observer.close()
 
 
-def _train(config: Config, log: Log, observers: Sequence[Observer]) -> RunResult:
+def _train(config: Config, log: Log, observers: Sequence[Observer], processes: Processes) -> RunResult:
     prepare_process(config, log)
     device = build.select_device(config.device)
     train_set, val_set = build.build_dataset(config, "train"), build.build_dataset(config, "val")
     val_batch = None
     if config.data.check:
-        _check_data(train_set, "train")
-        val_batch = _check_data(val_set, "val")
+        val_batch = processes.by_first(lambda: (_check_data(train_set, "train"), _check_data(val_set, "val"))[1])
     classes = train_set.classes
     student = build.build_model(config, config.student, len(classes), "student", log)
     weights = build.class_weights(config.fit, student.num_classes, "fit", device)
@@ -119,17 +123,19 @@ def _train(config: Config, log: Log, observers: Sequence[Observer]) -> RunResult
     fits = {"student": config.fit} | ({"teacher": config.teacher.fit} if teacher is not None else {})
     loaders = {
         name: (
-            build.build_loader(config, train_set, fit, name, train=True),
-            build.build_loader(config, val_set, _with_batch(fit, val_batch), name, train=False),
+            build.build_loader(config, train_set, fit, name, True, processes),
+            build.build_loader(config, val_set, _with_batch(fit, val_batch), name, False, processes),
         )
         for name, fit in fits.items()
     }
-    run_dir = _open_run_dir(config)
+    run_dir = processes.by_first(lambda: _open_run_dir(config))
     log(f"run folder {run_dir}; {len(train_set)} training and {len(val_set)} validation frames, {len(classes)} classes")
 
     def trainer(name: str, task: Task, fit: FitConfig, model: ModelConfig) -> Trainer:
         meta = {"kind": name, "network": model.model, "num_classes": model.num_classes or len(classes)}
-        return Trainer(config, name, task, fit, *loaders[name], classes, run_dir / name, meta, log, observers)
+        return Trainer(
+            config, name, task, fit, *loaders[name], classes, run_dir / name, meta, log, observers, processes
+        )
 
     teacher_scores = None
     task: Task
@@ -142,7 +148,8 @@ def _train(config: Config, log: Log, observers: Sequence[Observer]) -> RunResult
     before = student_trainer.evaluate()
     log(f"student before training: mIoU {100 * before.miou:.2f} %")
     result = RunResult(run_dir, before, student_trainer.fit(), teacher_scores, classes)
-    _write_summary(result)
+    if processes.first:
+        _write_summary(result)
     return result
 
 
