@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -288,11 +287,9 @@ def _rows(config: Config, images: Tensor, seconds: float) -> list[_Row]:
         return build.build_model(config, settings, settings.num_classes, purpose, print).eval()
 
     def row(name: str, module: nn.Module, forward: Callable[..., Any], timed: Callable[[], Any] | None = None) -> _Row:
-        shadow = copy.deepcopy(module).to("meta").eval()
-        image = torch.empty(1, *images.shape[1:], device="meta")
         # Fused kernels are one call each; eager shows what they multiply.
         with backends.use_backend("eager"):
-            macs = count_macs(shadow, lambda: forward(shadow, image))
+            macs = count_macs(module, (1, *images.shape[1:]), forward)
         with torch.no_grad(), build.autocast(images.device, config.precision):
             latency = measure_latency(timed or (lambda: forward(module, images)), images.device, seconds)
         return _Row(name, count_parameters(module), macs, latency)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+Forward = Callable[[nn.Module, Tensor], Any]
 
 # Products of two activations; a layer's product with its weights is never one of them.
 _ACTIVATION_PRODUCTS = ("bmm", "baddbmm", "_scaled_dot_product")
@@ -55,12 +57,13 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_macs(module: nn.Module, forward: Callable[[], Any]) -> Macs:
-    """Counts the multiply-accumulates of a forward pass, best on the meta device, where nothing is computed.
+def count_macs(module: nn.Module, shape: Sequence[int], forward: Forward | None = None) -> Macs:
+    """Counts the multiply-accumulates of a forward pass in evaluation mode; nothing is computed.
 
     Args:
-        module: The module whose layers run.
-        forward: Runs it.
+        module: The module; stays as it is.
+        shape: Shape of the images.
+        forward: Runs the module on images; None calls it.
 
     Returns:
         The counts. `layers` has every layer's own, also of those that the network folds into one another: layers
@@ -68,11 +71,17 @@ def count_macs(module: nn.Module, forward: Callable[[], Any]) -> Macs:
 
     Source: torch.utils.flop_counter; the figures of TransKD's table of model sizes leave out attention's products.
     """
-    with ExitStack() as stack:
-        for layer in module.modules():
-            stack.callback(layer.register_forward_hook(_ignore).remove)
-        layers, attention = _count(forward)
-    executed, _ = _count(forward)
+    # On the meta device attention is two products; the CPU's fused attention is an operator that is not counted.
+    shadow = copy.deepcopy(module).to("meta").eval()
+    images = torch.empty(*shape, device="meta")
+
+    def run() -> None:
+        shadow(images) if forward is None else forward(shadow, images)
+
+    executed, _ = _count(run)
+    for layer in shadow.modules():
+        layer.register_forward_hook(_ignore)
+    layers, attention = _count(run)
     return Macs(layers, attention, executed)
 
 
@@ -80,9 +89,9 @@ def _ignore(module: nn.Module, inputs: Any, output: Any) -> None:
     """Does nothing: a module with a hook is to be called."""
 
 
-def _count(forward: Callable[[], Any]) -> tuple[int, int]:
+def _count(run: Callable[[], None]) -> tuple[int, int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward()
+        run()
     counts = {str(op).removeprefix("aten."): n // 2 for op, n in counter.get_flop_counts()["Global"].items()}
     attention = sum(n for op, n in counts.items() if op.startswith(_ACTIVATION_PRODUCTS))
     return sum(counts.values()) - attention, attention

@@ -188,16 +188,18 @@ def _wrapper(state: Mapping[str, Tensor], inner: Mapping[str, Tensor], model: st
         return state[key].shape[0] if key in state and state[key].ndim else None
 
     # The published list of fuse blocks runs from the coarsest stage to the finest.
-    teacher = [rows(f"skfs.{3 - m}.conv2.0.weight") or rows(f"embed{m + 1}_linearproject.weight") for m in range(4)]
-    stages = {m for m in range(1, 5) if any(key.startswith(f"embed{m}_linearproject.") for key in own)}
-    if stages == {1} and "embed1_linearproject.weight" in state:
-        stages = {_single_stage(state["embed1_linearproject.weight"], channels, teacher)}
+    fused = [rows(f"skfs.{3 - m}.conv2.0.weight") for m in range(4)]
+    projections = {m: rows(f"embed{m}_linearproject.weight") for m in range(1, 5)}
+    stages = {m for m in projections if any(key.startswith(f"embed{m}_linearproject.") for key in own)}
+    if stages == {1} and projections[1] is not None:
+        stages = {_single_stage(state["embed1_linearproject.weight"], channels, fused)}
+        projections = {m: projections[1] for m in stages}
     if mixed and not assisted:
         stages.add(4)
     return {
         "student_channels": channels,
-        # Where a stage leaves no trace nothing of the teacher's width is stored for it.
-        "teacher_channels": tuple(n or c for n, c in zip(teacher, channels, strict=True)),
+        # Of a stage that is neither fused nor aligned no tensor has the teacher's width: any will do.
+        "teacher_channels": tuple(fused[m] or projections.get(m + 1) or channels[m] for m in range(4)),
         "variant": "ea" if assisted else "gl" if mixed else "base",
         "mid_channels": rows("skfs.0.conv1.0.weight") or 64,
         "features": features,
@@ -207,8 +209,10 @@ def _wrapper(state: Mapping[str, Tensor], inner: Mapping[str, Tensor], model: st
 
 def _single_stage(weight: Tensor, student: tuple[int, ...], teacher: list[int | None]) -> int:
     """A single aligned stage is named the first whichever it is; its widths tell."""
-    shapes = [(t, s) for s, t in zip(student, teacher, strict=True)]
-    return shapes.index(tuple(weight.shape)) + 1 if tuple(weight.shape) in shapes else 1  # type: ignore[arg-type]
+    for m, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
+        if weight.shape[-1] == ours and theirs in (None, weight.shape[0]):
+            return m + 1
+    return 1
 
 
 def save_weights(state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
