@@ -47,7 +47,9 @@ def test_saved_configuration_reads_back_equal(tmp_path):
         None,
         [
             "run_dir=elsewhere", "seed=5", "device=cpu", "precision=bf16", "backend=eager", "threads=3",
-            "keep_memory=false", "resume=true", "log_every=3", "data.name=camvid", "data.root=/data",
+            "keep_memory=false", "resume=true", "log_every=3", "log_gradients=true",
+                "checkpoint_every=5", "checkpoint_minutes=2", "on_nonfinite=skip", "skip_limit=3", "compile=true",
+                "channels_last=true", "teacher.expect_miou=0.5", "data.name=camvid", "data.root=/data",
             "data.size=[64,96]", "data.augment=published", "data.scale=[0.5,2]", "data.flip=0.25",
             "data.jitter=0.125", "data.train_length=9", "data.val_length=8", "data.cache=false", "data.workers=2",
             "data.check=false", "student.model=segformer_b1", "student.weights=s.pt", "student.num_classes=20",
@@ -58,7 +60,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
                 for fit in ("fit", "teacher.fit")
                 for setting in (
                     "epochs=3", "batch_size=7", "lr=0.1", "weight_decay=0.25", "betas=[0.5,0.75]", "warmup_steps=4",
-                    "power=2", "clip_norm=null", "class_weights=[1,2.5]", "eval_every=6",
+                    "power=2", "accumulate=2", "ema=0.5", "clip_norm=null", "class_weights=[1,2.5]", "eval_every=6",
                 )
             ),
             "distill.enabled=false", "distill.variant=gl", "distill.mid_channels=32", "distill.legacy=true",
@@ -141,7 +143,14 @@ RANGES = {
     "run_dir": ["''"],
     "seed": ["-1"],
     "device": ["tpu", "''"],
-    "precision": ["fp16", "FP32"],
+    "precision": ["fp64", "FP32"],
+    "on_nonfinite": ["ignore"],
+    "checkpoint_every": ["0"],
+    "checkpoint_minutes": ["0"],
+    "skip_limit": ["-1"],
+    "fit.accumulate": ["0"],
+    "fit.ema": ["0", "1", "1.5"],
+    "teacher.expect_miou": ["0", "1.5"],
     "backend": ["gpu"],
     "threads": ["0", "-2"],
     "log_every": ["0"],

@@ -175,6 +175,8 @@ def check_config(config: Config) -> None:
         _expect(
             model.num_classes is None or model.num_classes > 1, f"{name}.num_classes", "at least 2", model.num_classes
         )
+    least = config.teacher.expect_miou
+    _expect(least is None or 0 < least <= 1, "teacher.expect_miou", "a share above 0 and up to 1, or null", least)
     _check_distill(config.distill)
     _one_of("verify.precision", config.verify.precision, (None, "fp32", "bf16"))
     for key in ("batches", "batch_size", "limit_fp32", "limit_bf16"):

@@ -21,14 +21,13 @@ from transkd_fast.data import EpochSampler
 from transkd_fast.train import guards, messages
 from transkd_fast.train.build import Log, autocast
 from transkd_fast.train.checkpoint import remove_leftovers, save_checkpoint, write_text
-from transkd_fast.train.config import ConfigError
 from transkd_fast.train.distributed import ALONE, Processes
 from transkd_fast.train.metrics import Scores, SegmentationMeter
 from transkd_fast.train.observers import Observer
 from transkd_fast.train.progress import Progress, checkpoint_of, restore
 from transkd_fast.train.settings import Config, FitConfig
 from transkd_fast.train.signals import SigtermNote, Terminated
-from transkd_fast.train.step import Stepper, StepResult
+from transkd_fast.train.step import Stepper, StepResult, steps_per_epoch
 from transkd_fast.train.tasks import Task, TrainingError
 
 
@@ -104,7 +103,7 @@ class Trainer:
         processes: those that train together; the first one writes.
 
     Raises:
-        ConfigError: if an epoch has no step.
+        ConfigError: if an epoch has no step, or published rules do not go with accumulated gradients.
     """
 
     def __init__(
@@ -126,12 +125,7 @@ class Trainer:
         self.train_loader, self.val_loader, self.classes = train_loader, val_loader, tuple(classes)
         self.folder, self.meta, self.log, self.observers = folder, meta, log, tuple(observers)
         self.processes = processes
-        self.steps_per_epoch = len(train_loader) // fit.accumulate
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"{name}: expected at least {fit.accumulate} batches per epoch for fit.accumulate={fit.accumulate}, got"
-                f" {len(train_loader)}; lower accumulate or batch_size"
-            )
+        self.steps_per_epoch = steps_per_epoch(name, fit, train_loader, task.cross_entropy.quarter_labels)
         self.stepper = Stepper(config, name, task, fit, fit.epochs * self.steps_per_epoch, processes)
         self.device, self.optimizer = self.stepper.device, self.stepper.optimizer
         self.progress = Progress()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from transkd_fast.train.loop import FitResult, Trainer, evaluate
 from transkd_fast.train.memory import keep_freed_memory
 from transkd_fast.train.metrics import Scores
 from transkd_fast.train.observers import Observer
+from transkd_fast.train.preflight import check_teacher, file_hash
 from transkd_fast.train.settings import Config, FitConfig, ModelConfig
+from transkd_fast.train.step import steps_per_epoch
 from transkd_fast.train.tasks import SegmentationTask, Task
 from transkd_fast.train.verify import VerifyReport, verify
 
@@ -128,6 +131,8 @@ def _train(config: Config, log: Log, observers: Sequence[Observer], processes: P
         )
         for name, fit in fits.items()
     }
+    for name, fit in fits.items():
+        steps_per_epoch(name, fit, loaders[name][0], config.legacy.quarter_labels)
     run_dir = processes.by_first(lambda: _open_run_dir(config))
     log(f"run folder {run_dir}; {len(train_set)} training and {len(val_set)} validation frames, {len(classes)} classes")
 
@@ -178,7 +183,14 @@ def _ready_teacher(config: Config, teacher: Network, trainer: Any, log: Log) -> 
     weights = build.class_weights(settings.fit, teacher.num_classes, "teacher.fit", device)
     task = SegmentationTask(teacher, weights, config.legacy.quarter_labels)
     fitter = trainer("teacher", task, settings.fit, settings)
-    scores = fitter.evaluate() if settings.weights is not None else fitter.fit().scores
+    if settings.weights is None:
+        scores = fitter.fit().scores
+    else:
+        log(f"teacher: SHA-256 of {settings.weights} is {file_hash(settings.weights)}")
+        scores = fitter.evaluate()
+        score = partial(evaluate, num_classes=len(fitter.classes), device=device, precision=config.precision)
+        score = partial(score, processes=fitter.processes)
+        check_teacher(teacher, scores, settings.expect_miou, settings.weights, fitter.val_loader, score)
     log(f"teacher {settings.model}: mIoU {100 * scores.miou:.2f} %, pixel accuracy {100 * scores.pixel_accuracy:.2f} %")
     return scores
 
@@ -263,8 +275,11 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
         )
     val_batch = _check_data(dataset, "val") if config.data.check else None
     model = models.create(state["network"], num_classes=state["num_classes"])
-    distilled = any(key.startswith("student.") for key in state["model"])
-    log(f"{models.load_weights(model, state, prefix='student.' if distilled else '')}, epoch {state['epoch']}")
+    if state.get("ema") is not None:
+        log(f"{models.load_weights(model, state['ema'])}, averaged, epoch {state['epoch']}")
+    else:
+        distilled = any(key.startswith("student.") for key in state["model"])
+        log(f"{models.load_weights(model, state, prefix='student.' if distilled else '')}, epoch {state['epoch']}")
     device = build.select_device(config.device)
     loader = build.build_loader(config, dataset, _with_batch(config.fit, val_batch), "eval", train=False)
     batches = tqdm(loader, "eval", leave=False)

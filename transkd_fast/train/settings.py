@@ -99,10 +99,13 @@ class TeacherConfig(ModelConfig):
 
     Args:
         fit: its training.
+        expect_miou: least mIoU on the validation frames, in (0, 1], below which a teacher with weights is refused; null
+            for no check.
     """
 
     model: str = "segformer_b2"
     fit: FitConfig = field(default_factory=FitConfig)
+    expect_miou: float | None = None
 
 
 @dataclass

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 from transkd_fast.nn import SyncBatchNorm
 from transkd_fast.train.build import autocast, derived_seed
+from transkd_fast.train.config import ConfigError
 from transkd_fast.train.distributed import ALONE, Processes
 from transkd_fast.train.guards import Buffers, first_not_finite
 from transkd_fast.train.settings import Config, FitConfig
@@ -46,6 +48,34 @@ def learning_rate(fit: FitConfig, step: int, total: int) -> float:
         return fit.lr * (step + 1) / fit.warmup_steps
     progress = (step - fit.warmup_steps) / max(1, total - fit.warmup_steps)
     return fit.lr * (1 - min(progress, 1.0)) ** fit.power
+
+
+def steps_per_epoch(name: str, fit: FitConfig, loader: DataLoader[Any], quarter_labels: bool) -> int:
+    """Number of steps of an epoch; batches that fill no step are left out.
+
+    Args:
+        name: the training's name, for messages.
+        fit: gives the number of batches per step.
+        loader: training batches.
+        quarter_labels: whether labels are taken at the logits' size.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: if there is no step, or published rules do not go with accumulated gradients.
+    """
+    if fit.accumulate > 1 and quarter_labels:
+        raise ConfigError(
+            "legacy.quarter_labels: expected false with fit.accumulate > 1: which pixels count is known only after the"
+            " forward pass"
+        )
+    if len(loader) < fit.accumulate:
+        raise ConfigError(
+            f"{name}: expected at least {fit.accumulate} batches per epoch for fit.accumulate={fit.accumulate}, got"
+            f" {len(loader)}; lower accumulate or batch_size"
+        )
+    return len(loader) // fit.accumulate
 
 
 def seed_step(seed: int) -> None:
