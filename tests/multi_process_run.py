@@ -74,7 +74,8 @@ def main(folder: Path) -> None:
         return make_step(self, batches, number, *rest)
 
     Trainer._step = failing  # type: ignore[method-assign]
-    train(tiny_config(folder / "run", fit__batch_size=1, teacher__fit__batch_size=2, fit__epochs=3), partial(print, flush=True))
+    config = tiny_config(folder / "run", fit__batch_size=1, teacher__fit__batch_size=2, fit__epochs=3)
+    train(config, partial(print, flush=True))
 
 
 if __name__ == "__main__":

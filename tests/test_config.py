@@ -52,7 +52,8 @@ def test_saved_configuration_reads_back_equal(tmp_path):
                 "channels_last=true", "teacher.expect_miou=0.5", "data.name=camvid", "data.root=/data",
             "data.size=[64,96]", "data.augment=published", "data.scale=[0.5,2]", "data.flip=0.25",
             "data.jitter=0.125", "data.train_length=9", "data.val_length=8", "data.cache=false", "data.workers=2",
-            "data.check=false", "student.model=segformer_b1", "student.weights=s.pt", "student.num_classes=20",
+            "data.check=false", "data.allow_orphans=true", "data.coarse=true", "data.conditions=[fog]",
+            "student.model=segformer_b1", "student.weights=s.pt", "student.num_classes=20",
             "student.drop_path=0.25", "teacher.model=segformer_b1", "teacher.weights=t.pt", "teacher.num_classes=20",
             "teacher.drop_path=0.5", "student.weights_prefix=student.", "teacher.weights_prefix=t.",
             *(

@@ -251,7 +251,7 @@ def test_create(folder: Path):
     scenes = data.create("street_scenes", "val", size=(40, 48), length=7, seed=3)
     assert len(scenes) == 7 and scenes[0][0].shape == (3, 40, 48)
     assert len(data.create("street_scenes", "train")) == 400
-    for name in data.DATASETS:
+    for name in ("camvid", "street_scenes"):
         with pytest.raises(ValueError, match="split out of train, val"):
             data.create(name, "dev", root=folder if name == "camvid" else None)
 
@@ -259,7 +259,7 @@ def test_create(folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "cityscape", "split": "train"}, "out of camvid, street_scenes, got 'cityscape'"),
+        ({"name": "cityscape", "split": "train"}, "cityscapes, .*, street_scenes, got 'cityscape'"),
         ({"name": "camvid", "split": "train"}, "camvid: expected root"),
         ({"name": "camvid", "split": "train", "root": ".", "length": 3}, "camvid: expected no length"),
         ({"name": "street_scenes", "split": "train", "root": "."}, "street_scenes: expected no root"),

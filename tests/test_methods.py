@@ -9,8 +9,9 @@ from tiny_run import quiet, tiny_config
 
 from transkd_fast import models
 from transkd_fast.train import ConfigError, build, load_config, methods, train, verify_config
-from transkd_fast.train.config import save_config
+from transkd_fast.train.config import check_config, save_config
 from transkd_fast.train.methods import METHODS
+from transkd_fast.train.settings import Config, DistillConfig
 from transkd_fast.train.tasks import SegmentationTask
 
 # Of each method, its distillation losses and the children of `TransKD` beside the student.
@@ -113,6 +114,11 @@ def test_a_saved_configuration_says_the_same(tmp_path):
     config = load_config(None, ["distill.method=review"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_method_that_was_not_applied_is_refused():
+    with pytest.raises(ConfigError, match=r"distill\.\w+: expected .*method='cwd'"):
+        check_config(Config(distill=DistillConfig(method="cwd")))
 
 
 def test_custom_leaves_all_keys():

@@ -43,6 +43,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         classes: class names; a label value is an index into them.
         palette: uint8 [K, 3], one RGB colour per class for pictures of label maps.
         ignore_index: label value of pixels that neither loss nor metric may count (255).
+        orphans: numbers of images without a label and of labels without an image that were left out.
         published_class_weights: factor per class in the cross-entropy of the published training, where it has any.
 
     Args:
@@ -53,6 +54,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
     palette: Tensor
     ignore_index: int = IGNORE_INDEX
     published_class_weights: tuple[float, ...] | None = None
+    orphans: tuple[int, int] = (0, 0)
 
     def __init__(self, transforms: Transforms | None = None) -> None:
         self.transforms = transforms

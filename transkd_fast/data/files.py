@@ -242,9 +242,6 @@ class FileDataset(SegmentationDataset):
 
     A subclass sets `classes`, `palette` and, where label values are not class indices already, `void_values`.
 
-    Attributes:
-        orphans: numbers of images without a label and of labels without an image that were left out.
-
     Args:
         images: image files by frame name.
         labels: label files by frame name; the same names.

@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from transkd_fast import data, models
 from transkd_fast.train.config import ConfigError
 from transkd_fast.train.distributed import ALONE, Processes
-from transkd_fast.train.settings import Config, FitConfig, ModelConfig
+from transkd_fast.train.settings import Config, DataConfig, FitConfig, ModelConfig
 from transkd_fast.train.tasks import DistillationTask
 from transkd_fast.transkd import TransKD
 
@@ -110,12 +111,32 @@ def build_dataset(config: Config, split: str) -> data.SegmentationDataset:
     length = settings.train_length if split == "train" else settings.val_length
     try:
         return data.create(
-            settings.name, split, settings.root, (height, width), transforms, length, config.seed, settings.cache
+            settings.name,
+            split,
+            settings.root,
+            (height, width),
+            transforms,
+            length,
+            config.seed,
+            settings.cache,
+            **_options(settings, split),
         )
     except data.DataError:
         raise
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+
+
+def _options(settings: DataConfig, split: str) -> dict[str, Any]:
+    """What was asked of the dataset beyond the usual; one that does not have it refuses it."""
+    options: dict[str, Any] = {}
+    if settings.allow_orphans:
+        options["allow_orphans"] = True
+    if settings.coarse and split == "train":
+        options["coarse"] = True
+    if settings.conditions is not None:
+        options["conditions"] = tuple(settings.conditions)
+    return options
 
 
 def build_loader(
@@ -259,6 +280,41 @@ def distillation_task(config: Config, model: TransKD, teacher: Network, num_clas
         settings.logit_weight,
         config.legacy.quarter_labels,
     )
+
+
+def resolve_class_weights(config: Config, dataset: data.SegmentationDataset, log: Log) -> None:
+    """Puts numbers where the configuration names class weights, "dataset" or "computed".
+
+    Args:
+        config: the run's configuration; changed.
+        dataset: the training frames.
+        log: receives the computed weights.
+
+    Raises:
+        ConfigError: if the dataset has no published weights.
+        DataError: if frames cannot be read, or no pixel is labelled.
+    """
+    computed: list[float] | None = None
+    fits = (("fit", config.fit, config.student), ("teacher.fit", config.teacher.fit, config.teacher))
+    for key, fit, model in fits:
+        if fit.class_weights == "dataset":
+            published = dataset.published_class_weights
+            if published is None:
+                raise ConfigError(
+                    f"{key}.class_weights: {config.data.name} has no published weights; use 'computed', a list or null"
+                )
+            weights = list(published)
+        elif fit.class_weights == "computed":
+            if computed is None:
+                counts, ignored = data.count_pixels(dataset, lambda frames: tqdm(frames, "class weights", leave=False))
+                computed = data.class_weights_of(counts)
+                named = ", ".join(f"{name} {w:.3f}" for name, w in zip(dataset.classes, computed, strict=True))
+                log(f"class weights of {int(counts.sum())} labelled pixels ({ignored} ignored): {named}")
+            weights = list(computed)
+        else:
+            continue
+        # A logit beyond the dataset's classes, such as the published models' void, has no labels.
+        fit.class_weights = weights + [0.0] * ((model.num_classes or len(weights)) - len(weights))
 
 
 def class_weights(config: FitConfig, num_classes: int, key: str, device: torch.device) -> Tensor | None:

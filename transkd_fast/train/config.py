@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transkd_fast.reference.hcl import LEVEL_WEIGHTS
 from transkd_fast.train import methods
 from transkd_fast.train.settings import Config, DataConfig, DistillConfig, FitConfig
 from transkd_fast.transkd import FUSIONS, LOGIT_LOSSES
+
+CLASS_WEIGHTS = ("dataset", "computed")
 
 
 class ConfigError(ValueError):
@@ -59,7 +61,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(f"bad value for {error.full_key!r}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
-    _apply_method(config, given)
+    _one_of("distill.method", config.distill.method, (methods.CUSTOM, *methods.METHODS))
+    _reject_contradictions(config.distill, given)
+    methods.apply(config.distill, given)
     check_config(config)
     return config
 
@@ -91,15 +95,12 @@ def _distill_keys(content: DictConfig) -> set[str]:
     return set(map(str, section)) if isinstance(section, DictConfig) else set()
 
 
-def _apply_method(config: Config, given: set[str]) -> None:
-    method = config.distill.method
-    _one_of("distill.method", method, (methods.CUSTOM, *methods.METHODS))
-    for key, (wanted, got) in methods.contradictions(config.distill, given).items():
+def _reject_contradictions(distill: DistillConfig, given: Collection[str]) -> None:
+    for key, (wanted, got) in methods.contradictions(distill, given).items():
         raise ConfigError(
-            f"distill.{key}: expected {wanted!r}, which distill.method={method!r} stands for, got {got!r}; leave the"
-            f" key out, or set distill.method={methods.CUSTOM}"
+            f"distill.{key}: expected {wanted!r}, which distill.method={distill.method!r} stands for, got {got!r};"
+            f" leave the key out, or set distill.method={methods.CUSTOM}"
         )
-    methods.apply(config.distill, given)
 
 
 def _merge(base: Any, addition: DictConfig, source: str) -> Any:
@@ -212,10 +213,11 @@ def _check_fit(name: str, fit: FitConfig) -> None:
     _expect(fit.ema is None or 0 < fit.ema < 1, f"{name}.ema", "a decay between 0 and 1, or null", fit.ema)
     _expect(fit.clip_norm is None or fit.clip_norm > 0, f"{name}.clip_norm", "a positive number or null", fit.clip_norm)
     factors = fit.class_weights
+    numbers = isinstance(factors, list) and all(type(factor) in (int, float) for factor in factors)
     _expect(
-        factors is None or (all(0 <= f < math.inf for f in factors) and sum(factors) > 0),
+        factors in (None, *CLASS_WEIGHTS) or (numbers and all(0 <= f < math.inf for f in factors) and sum(factors) > 0),
         f"{name}.class_weights",
-        "factors >= 0, not all of them 0",
+        f"null, {' or '.join(map(repr, CLASS_WEIGHTS))}, or a list of factors >= 0, not all of them 0",
         factors,
     )
 
@@ -223,6 +225,7 @@ def _check_fit(name: str, fit: FitConfig) -> None:
 def _check_distill(distill: DistillConfig) -> None:
     _one_of("distill.variant", distill.variant, ("base", "gl", "ea"))
     _one_of("distill.method", distill.method, (methods.CUSTOM, *methods.METHODS))
+    _reject_contradictions(distill, [item.name for item in fields(distill)])  # a method that nobody applied
     _one_of("distill.fusion", distill.fusion, FUSIONS)
     _one_of("distill.feature_loss", distill.feature_loss, ("hcl", "cwd", None))
     _one_of("distill.logit_loss", distill.logit_loss, tuple(LOGIT_LOSSES))

@@ -115,6 +115,8 @@ def _train(config: Config, log: Log, observers: Sequence[Observer], processes: P
     val_batch = None
     if config.data.check:
         val_batch = processes.by_first(lambda: (_check_data(train_set, "train"), _check_data(val_set, "val"))[1])
+    _report_orphans({"train": train_set, "val": val_set}, log)
+    build.resolve_class_weights(config, train_set, log)
     classes = train_set.classes
     student = build.build_model(config, config.student, len(classes), "student", log)
     weights = build.class_weights(config.fit, student.num_classes, "fit", device)
@@ -170,6 +172,13 @@ def _check_data(dataset: SegmentationDataset, split: str) -> int | None:
             "check the label values against the dataset's classes"
         )
     return 1 if len(report.label_sizes) > 1 else None
+
+
+def _report_orphans(datasets: dict[str, SegmentationDataset], log: Log) -> None:
+    for split, dataset in datasets.items():
+        if any(dataset.orphans):
+            images, labels = dataset.orphans
+            log(f"{split}: left out {images} images without a label and {labels} labels without an image")
 
 
 def _with_batch(fit: FitConfig, batch_size: int | None) -> FitConfig:
@@ -234,8 +243,10 @@ def _check_same_run(config: Config, saved: Config, path: Path) -> None:
 
 def _write_summary(result: RunResult) -> None:
     def plain(scores: Scores) -> dict[str, Any]:
-        # JSON has no NaN, which marks absent classes.
-        return {**scores._asdict(), "iou": [None if math.isnan(iou) else iou for iou in scores.iou]}
+        # JSON has no NaN, which marks what does not occur.
+        stride4 = None if math.isnan(scores.miou_stride4) else scores.miou_stride4
+        iou = [None if math.isnan(iou) else iou for iou in scores.iou]
+        return {**scores._asdict(), "iou": iou, "miou_stride4": stride4}
 
     summary = {
         "student_before": plain(result.before),
@@ -324,6 +335,7 @@ def _verify(config: Config, run_dir: Path | None, log: Log) -> VerifyReport:
     prepare_process(config, log)
     device = build.select_device(config.device)
     dataset = build.build_dataset(config, "train")
+    build.resolve_class_weights(config, dataset, log)
     student = build.build_model(config, config.student, dataset.num_classes, "student", log)
     teacher = build.build_model(config, config.teacher, dataset.num_classes, "teacher", log)
     model = build.build_transkd(config, student, teacher)

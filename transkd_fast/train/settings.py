@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transkd_fast.reference.hcl import LEVEL_WEIGHTS
 
@@ -24,6 +25,10 @@ class DataConfig:
         cache: keep a procedural dataset's drawn scenes in memory.
         workers: loader processes; 0 loads in the training process.
         check: read every file once before training, so that a broken one is an error now and not in epoch 7.
+        allow_orphans: leave out images without a label and labels without an image, and report how many, instead of
+            refusing them.
+        coarse: train "cityscapes" on its coarse labels.
+        conditions: of "acdc", those to take; null for all four.
     """
 
     name: str = "street_scenes"
@@ -38,6 +43,9 @@ class DataConfig:
     cache: bool = True
     workers: int = 0
     check: bool = True
+    allow_orphans: bool = False
+    coarse: bool = False
+    conditions: list[str] | None = None
 
 
 @dataclass
@@ -53,7 +61,9 @@ class FitConfig:
         warmup_steps: steps of linear warm-up.
         power: exponent of the polynomial decay to 0 (1 is linear).
         clip_norm: limit of the gradients' global norm; null switches clipping off.
-        class_weights: factor per class in the cross-entropy; null for 1 each.
+        class_weights: factors in the cross-entropy: a list with one per logit; "dataset" for those of the published
+            training, where the dataset has any; "computed" for 1 / ln(1.02 + share of the training pixels); null for 1
+            each. The run's config.yaml names the numbers.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         accumulate: batches whose gradients are added up for one step, as if they were one.
         ema: decay per step of a moving average of the network's weights, which is then what is evaluated; null for
@@ -68,7 +78,7 @@ class FitConfig:
     warmup_steps: int = 0
     power: float = 1.0
     clip_norm: float | None = 1.0
-    class_weights: list[float] | None = None
+    class_weights: Any = None
     eval_every: int = 1
     accumulate: int = 1
     ema: float | None = None
