@@ -8,7 +8,7 @@ TORCH ?= torch torchvision
 SOURCES := setup.py pyproject.toml $(shell find tools csrc -type f -not -name '*.pyc')
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test test-mutants test-triton lint format bench dist-check gpu gpu-carry gpu-keep clean
+.PHONY: demo test test-gpu-code test-mutants test-triton lint format bench dist-check gpu gpu-carry gpu-keep clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,23 +24,27 @@ $(STAMP): $(BIN)/python $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/transkd demo --config configs/demo.yaml
 
-# One file at a time per process, since its tests share what they build; one thread in each, which is what a test that is
-# not about threads needs. The order of names puts the long files of the subfolders first.
-PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+# One group of tests at a time per process (tests/conftest.py): a file, since its tests share what they build. One thread
+# in each, which is what a test that is not about threads needs. The order of names puts the long files of the subfolders
+# first.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup \
 	--no-loadscope-reorder
 test: $(STAMP)
-	$(PARALLEL) tests --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
+	GPU_CODE_ARCHS=90 $(PARALLEL) tests --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
+
+# The machine code of every architecture, of which `make test` judges one.
+test-gpu-code: $(STAMP)
+	$(PARALLEL) tests/gpu_code --allowed-skips tests/allowed_skips.txt $(PYTEST_ARGS)
 
 # `make test` plants one error per op and backend; this plants all of them.
 test-mutants: $(STAMP)
 	$(PARALLEL) tests/test_mutations.py tests/test_mutations_cuda.py --every-mutant $(PYTEST_ARGS)
 
-# The Triton kernels under another Triton than torch's: interpreted where tests/ looks at the launchers and plans (values
-# are compared by `make test`), and compiled ahead of time. Triton 3.6's interpreter needs an older numpy too.
+# The Triton kernels under another Triton than torch's, compiled ahead of time; TRITON_TESTS="tests/test_hcl.py ..." has that
+# Triton's interpreter run them too, and Triton 3.6's needs an older numpy.
 TRITON ?= 3.6.0
 OTHER_TRITON = $(VENV)/triton-$(TRITON)
-TRITON_OPS = $(filter-out _%,$(patsubst kernels/%.py,%,$(wildcard kernels/*.py)))
-TRITON_TESTS = $(foreach op,$(TRITON_OPS),tests/test_kernels_triton_$(op).py)
+TRITON_TESTS =
 test-triton: $(STAMP)
 	test -d $(OTHER_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.3'
 	PYTHONPATH=$(abspath $(OTHER_TRITON)) $(PARALLEL) $(TRITON_TESTS) tests/gpu_code \

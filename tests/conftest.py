@@ -23,6 +23,16 @@ def pytest_configure(config):
         config.pluginmanager.register(SkipGuard(Path(path)), "skip-guard")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Groups tests for pytest-xdist: those of a file run in one process; machine code is judged op by op."""
+    for item in items:
+        group = item.location[0]
+        if "gpu_code" in item.path.parts and "op" in getattr(getattr(item, "callspec", None), "params", {}):
+            group += f" {item.callspec.params['op']}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 class SkipGuard:
     """Fails the run when a test is skipped that the file does not name with that reason."""
 

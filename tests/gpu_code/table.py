@@ -46,7 +46,7 @@ def _fingerprint(op, backend, version):
     folder = declare.ROOT / ("csrc" if backend == "cuda" else "kernels")
     sources += [path for path in folder.rglob("*") if path.suffix in {".h", ".cuh", ".py"}]
     flags = nvcc.flags() if backend == "cuda" else []
-    digest = hashlib.sha256(repr((op.name, backend, version, flags)).encode())
+    digest = hashlib.sha256(repr((op.name, backend, version, flags, declare.ARCHS)).encode())
     for path in sorted(sources):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -75,9 +75,11 @@ def rows_of(op, backend, version, measured):
     ]
 
 
-def read():
+def read(archs=declare.EVERY_ARCH):
+    """The table's lines of some architectures."""
+    names = {f"sm_{arch}" for arch in archs}
     with PATH.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["arch"] in names]
 
 
 def write(rows):
