@@ -150,6 +150,8 @@ class Stepper:
         if self.processes.count > 1:
             SyncBatchNorm.convert_sync_batchnorm(task.model)
         if config.compile:
+            if config.log_gradients:  # takes several gradients of one graph, for which compiled code keeps its buffers
+                torch._functorch.config.donated_buffer = False
             task.network = torch.compile(task.model)  # type: ignore[assignment]
             if isinstance(task, DistillationTask):
                 task.teacher_network = torch.compile(task.teacher)  # type: ignore[assignment]
