@@ -22,7 +22,9 @@ from transkd_fast.kernels import _common, _pea_plan, _pea_tiles
 from transkd_fast.kernels._common import cast, whole
 
 # Multiplications and additions are fused also in the Triton versions that no longer do so by default.
-OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+# Registers are given as many as there are for the warps: left to itself, ptxas 12.9 spills some for more blocks.
+OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 168, "enable_fp_fusion": True}
+STAGE_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
 SUM_BLOCK = 1024
 
 
@@ -276,7 +278,9 @@ def pea_fwd(
                 TILE=stage.tile,
                 MATH=_math(x, tf32),
                 NARROW=stage.row_programs == 0,
-                **(OPTIONS | {"num_warps": stage.warps, "num_stages": stage.buffers}),
+                num_warps=stage.warps,
+                num_stages=stage.buffers,
+                **STAGE_OPTIONS,
             )
         for begin in range(0, len(xs), _pea_plan.STAGES_PER_LAUNCH):
             chosen = slice(begin, begin + _pea_plan.STAGES_PER_LAUNCH)
