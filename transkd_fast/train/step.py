@@ -245,8 +245,6 @@ class Stepper:
         result.made = result.finite_loss and bool(terms["grad_norm"].isfinite())
         if result.made:
             return
-        if self._buffers is not None:
-            self._buffers.put_back()
         phrases = []
         for index, (images, _) in enumerate(batches):
             forward = partial(self._losses, batches, index, number, factors[index])
