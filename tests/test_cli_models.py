@@ -93,7 +93,7 @@ def test_bad_input(tmp_path, capsys):
         (["import", net, "--model", "b9"], "--model: expected one of tiny, "),
         (["import", net, "--num-classes", "7"], "2 mis-shaped"),
         (["import", net, "--num-classes", "0"], "--num-classes: expected at least 1, got 0"),
-        (["export", tmp_path, "--to", "onnx", tmp_path / "o.onnx"], "expected a run folder with student/best.pt or"),
+        (["export", tmp_path, "--to", "onnx", tmp_path / "o.onnx"], "expected a run folder with student/last.pt or"),
         (["export", net, "--to", "torch", tmp_path / "o.onnx"], "expected a name that ends with .pt2"),
         (["report", tmp_path], "expected a run folder with config.yaml"),
         (["report", tmp_path, "--config", net], "expected a run folder or --config, got both"),
@@ -124,7 +124,7 @@ def test_export_of_a_run_to_onnx(run_folder, tmp_path, capsys):
     folder, network = run_folder
     assert transkd("export", folder, "--to", "onnx", tmp_path / "s.onnx") == 0
     out = capsys.readouterr().out
-    assert f"{folder / 'student' / 'best.pt'}: tiny with 6 classes" in out
+    assert f"{folder / 'student' / 'last.pt'}: tiny with 6 classes" in out
     assert "checked at 1x64x96, 3x64x96, 1x101x135, 3x101x135: logits differ by at most" in out
     images = torch.rand(2, 3, 80, 112)
     logits = onnxruntime.InferenceSession(tmp_path / "s.onnx").run(None, {"images": images.numpy()})[0]

@@ -12,6 +12,7 @@ from torchvision.datasets import Cityscapes as OfficialCityscapes
 
 from transkd_fast import data
 from transkd_fast.data import ACDC, VOC2012, Cityscapes, DataError, Folder, NYUv2, NYUv2Folder
+from transkd_fast.train import ConfigError, build, load_config
 
 HEIGHT, WIDTH = 32, 64
 
@@ -97,6 +98,7 @@ def test_acdc_knows_each_frames_condition(tmp_path):
     for index, seed in enumerate([0, 1, 4, 2, 3]):
         same_frame(dataset, index, picture(seed), values_of(seed, TRAIN_IDS))
     some = ACDC(tmp_path, "val", conditions=("snow", "fog"))
+    assert some.published_class_weights is None
     assert [some.group(i) for i in range(len(some))] == ["fog", "snow"]
     with pytest.raises(ValueError, match="fog, night, rain, snow, got"):
         ACDC(tmp_path, "val", conditions=("sun",))
@@ -354,3 +356,29 @@ def test_class_weights_of_counted_pixels(tmp_path):
     )
     with pytest.raises(DataError, match="labelled pixels"):
         data.class_weights_of(torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_configuration_reaches_the_datasets(tmp_path):
+    """Splits, orphans and class weights as a run takes them."""
+    lines = []
+    folder = voc(tmp_path / "voc")
+    (folder / "SegmentationClassAug" / "2007_000039.png").unlink()
+    options = ["data.name=voc2012", f"data.root={tmp_path / 'voc'}", "data.train_split=trainaug"]
+    config = load_config(None, [*options, "data.allow_orphans=true", "fit.class_weights=computed"])
+    dataset = build.build_dataset(config, "train")
+    assert len(dataset) == 2 and dataset.orphans == (1, 0)
+    assert len(build.build_dataset(config, "val")) == 1
+    build.resolve_class_weights(config, dataset, lines.append)
+    assert config.fit.class_weights == data.class_weights_of(data.count_pixels(dataset)[0])
+    assert config.teacher.fit.class_weights is None and "background" in lines[0] and "labelled pixels" in lines[0]
+
+    cityscapes(tmp_path / "cityscapes")
+    options = ["data.name=cityscapes", f"data.root={tmp_path / 'cityscapes'}", "teacher.fit.class_weights=dataset"]
+    config = load_config(None, [*options, "teacher.num_classes=20"])
+    build.resolve_class_weights(config, build.build_dataset(config, "train"), lines.append)
+    assert config.teacher.fit.class_weights == [*Cityscapes.published_class_weights, 0.0]
+    config = load_config(None, ["data.name=street_scenes", "fit.class_weights=dataset"])
+    with pytest.raises(ConfigError, match=r"fit\.class_weights: street_scenes has no published weights"):
+        build.resolve_class_weights(config, build.build_dataset(config, "train"), lines.append)
+    with pytest.raises(ConfigError, match=r"fit\.class_weights: expected null, 'dataset' or 'computed', or a list"):
+        load_config(None, ["fit.class_weights=counted"])

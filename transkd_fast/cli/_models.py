@@ -193,12 +193,12 @@ def _check_out(out: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def _weights_of(source: Path) -> Path:
-    """The file itself, or the best checkpoint of a run's student."""
+    """The file itself, or the last checkpoint of a run's student, as `transkd eval` takes it."""
     from transkd_fast.models import WeightsError
 
     if not source.is_dir():
         return source
-    names = [f"{folder}{name}" for folder in ("student/", "") for name in ("best.pt", "last.pt")]
+    names = [f"{folder}{name}" for folder in ("student/", "") for name in ("last.pt", "best.pt")]
     for name in names:
         if (source / name).is_file():
             return source / name

@@ -90,6 +90,10 @@ class SegmentationDataset(Dataset[Sample], ABC):
             DataError: the frame cannot be read or is inconsistent.
         """
 
+    def load_label(self, index: int) -> np.ndarray:
+        """Label map of frame `index` alone, as `load` gives it."""
+        return self.load(index)[1]
+
     def __getitem__(self, index: int) -> Sample:
         """Image uint8 [3, H, W] and mask uint8 [H, W], after `transforms`."""
         if not -len(self) <= index < len(self):

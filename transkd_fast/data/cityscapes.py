@@ -25,11 +25,6 @@ _KINDS = {"labelTrainIds": _TRAIN_IDS, "labelIds": _IDS}
 class _DrivingScenes(FileDataset):
     classes = tuple(c.name for c in _OFFICIAL)
     palette = torch.tensor([c.color for c in _OFFICIAL], dtype=torch.uint8)
-    # Of the published training, from the pixels' frequencies; void, which is its class 19, has 0.
-    published_class_weights = (
-        *(2.5959737, 6.741505, 3.5353868, 9.866315, 9.690922, 9.369371, 10.289124, 9.953209, 4.3098087, 9.490392),
-        *(7.674411, 9.396925, 10.347794, 6.3928986, 10.226673, 10.241072, 10.28059, 10.396977, 10.05567),
-    )
 
 
 def _labels(folder: Path, stem: str) -> tuple[dict[str, Path], Mapping[int, int]]:
@@ -63,6 +58,11 @@ class Cityscapes(_DrivingScenes):
     """
 
     splits = ("train", "val", "train_extra")
+    # Of the published training, from the pixels' frequencies; void, which is its class 19, has 0.
+    published_class_weights = (
+        *(2.5959737, 6.741505, 3.5353868, 9.866315, 9.690922, 9.369371, 10.289124, 9.953209, 4.3098087, 9.490392),
+        *(7.674411, 9.396925, 10.347794, 6.3928986, 10.226673, 10.241072, 10.28059, 10.396977, 10.05567),
+    )
 
     def __init__(
         self,

@@ -278,11 +278,15 @@ class FileDataset(SegmentationDataset):
         """File name of frame `index` without its suffix."""
         return self.frames[index][0]
 
+    def load_label(self, index: int) -> np.ndarray:
+        """Label map uint8 [H, W] of frame `index`; its image is not decoded."""
+        return read_label(self.frames[index][2], self._lookup)
+
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H, W, 3] and label map uint8 [H, W] of frame `index`; raises DataError on any inconsistency."""
         _, image_path, label_path = self.frames[index]
         image = read_image(image_path)
-        label = read_label(label_path, self._lookup)
+        label = self.load_label(index)
         if image.shape[:2] != label.shape:
             raise DataError(
                 f"{label_path}: expected the size of its image {image_path.name}, {image.shape[0]}x{image.shape[1]} "

@@ -29,7 +29,7 @@ def count_pixels(
     """
     counts = torch.zeros(256, dtype=torch.int64)
     for index in progress(range(len(dataset))):
-        labels = torch.from_numpy(dataset.load(index)[1])
+        labels = torch.from_numpy(dataset.load_label(index))
         counts += torch.bincount(labels.flatten(), minlength=256)
     return counts[: dataset.num_classes], int(counts[dataset.ignore_index])
 

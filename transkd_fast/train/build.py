@@ -112,7 +112,7 @@ def build_dataset(config: Config, split: str) -> data.SegmentationDataset:
     try:
         return data.create(
             settings.name,
-            split,
+            settings.train_split if split == "train" else split,
             settings.root,
             (height, width),
             transforms,

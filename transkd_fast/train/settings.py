@@ -25,6 +25,7 @@ class DataConfig:
         cache: keep a procedural dataset's drawn scenes in memory.
         workers: loader processes; 0 loads in the training process.
         check: read every file once before training, so that a broken one is an error now and not in epoch 7.
+        train_split: split that is trained on, e.g. "trainaug" of "voc2012" or "train_extra" of "cityscapes".
         allow_orphans: leave out images without a label and labels without an image, and report how many, instead of
             refusing them.
         coarse: train "cityscapes" on its coarse labels.
@@ -43,6 +44,7 @@ class DataConfig:
     cache: bool = True
     workers: int = 0
     check: bool = True
+    train_split: str = "train"
     allow_orphans: bool = False
     coarse: bool = False
     conditions: list[str] | None = None
