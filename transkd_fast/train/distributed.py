@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from transkd_fast.train.config import ConfigError
 from transkd_fast.train.settings import Config
 
 T = TypeVar("T")
+
+EXIT_WITHIN = 10  # seconds that a process with an error has to end by itself
 
 
 @dataclass(frozen=True)
@@ -111,5 +114,10 @@ def joined(config: Config) -> Iterator[Processes]:
             )
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    yield Processes(dist.get_rank(), dist.get_world_size())
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    except BaseException:
+        # The others wait for this process, which may wait for them while it ends.
+        faulthandler.dump_traceback_later(EXIT_WITHIN, exit=True)
+        raise
     dist.destroy_process_group()
