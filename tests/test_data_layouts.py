@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_run import TinyNet
 from torchvision.datasets import Cityscapes as OfficialCityscapes
 
 from transkd_fast import data
 from transkd_fast.data import ACDC, VOC2012, Cityscapes, DataError, Folder, NYUv2, NYUv2Folder
 from transkd_fast.train import ConfigError, build, load_config
+from transkd_fast.train.loop import evaluate
 
 HEIGHT, WIDTH = 32, 64
 
@@ -382,3 +384,22 @@ def test_the_configuration_reaches_the_datasets(tmp_path):
         build.resolve_class_weights(config, build.build_dataset(config, "train"), lines.append)
     with pytest.raises(ConfigError, match=r"fit\.class_weights: expected null, 'dataset' or 'computed', or a list"):
         load_config(None, ["fit.class_weights=counted"])
+
+
+def test_scores_of_every_condition(tmp_path):
+    acdc(tmp_path)
+    config = load_config(None, ["data.name=acdc", f"data.root={tmp_path}", "data.size=[32,64]"])
+    dataset = build.build_dataset(config, "val")
+    network = TinyNet(19).eval()
+
+    def score(frames, groups=()):
+        loader = data.make_loader(torch.utils.data.Subset(dataset, frames), 2, False)
+        return evaluate(network, loader, 19, torch.device("cpu"), "fp32", groups=groups)
+
+    names = [dataset.group(index) for index in range(5)]
+    scores = score(range(5), names)
+    assert list(scores.groups) == ["fog", "night", "rain", "snow"]
+    for name, part in scores.groups.items():
+        alone = score([index for index in range(5) if names[index] == name])
+        assert part.miou == pytest.approx(alone.miou, rel=1e-12) and part.pixels == alone.pixels
+    assert scores._replace(groups={}).pixels == score(range(5)).pixels == sum(p.pixels for p in scores.groups.values())

@@ -45,7 +45,7 @@ def _eval(args: argparse.Namespace) -> int:
     from transkd_fast.train.run import evaluate_run
 
     scores, classes = evaluate_run(args.checkpoint, args.overrides)
-    print(class_table(classes, {"IoU": scores}))
+    print(class_table(classes, {"all" if scores.groups else "IoU": scores, **scores.groups}))
     print(f"{scores.pixels} pixels counted, {scores.ignored} ignored by their label")
     return 0
 

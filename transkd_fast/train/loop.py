@@ -58,6 +58,7 @@ def evaluate(
     device: torch.device,
     precision: str,
     processes: Processes = ALONE,
+    groups: Sequence[str] = (),
 ) -> Scores:
     """Score a network at label size.
 
@@ -68,6 +69,8 @@ def evaluate(
         device: where to run.
         precision: "fp32", "bf16" or "fp16".
         processes: each has a loader of its own share of the frames.
+        groups: the group of every frame in the loader's order, for scores of each of them too, of this process alone;
+            empty for none.
 
     Returns:
         The scores over the whole loader, of all processes together.
@@ -75,14 +78,22 @@ def evaluate(
     training = model.training
     model.eval()
     meter = SegmentationMeter(num_classes, device)
+    of_groups = {name: SegmentationMeter(num_classes, device) for name in dict.fromkeys(groups)}
+    seen = 0
     try:
         for images, labels in loader:
             with autocast(device, precision):
                 logits = model(images.to(device, non_blocking=True)).logits
-            meter.update(logits, labels.to(device, torch.int64, non_blocking=True))
+            labels = labels.to(device, torch.int64, non_blocking=True)
+            meter.update(logits, labels)
+            names = groups[seen : seen + len(images)]
+            for name in dict.fromkeys(names):
+                rows = [row for row, other in enumerate(names) if other == name]
+                of_groups[name].update(logits[rows], labels[rows])
+            seen += len(images)
     finally:
         model.train(training)
-    return meter.compute(processes.sum)
+    return meter.compute(processes.sum)._replace(groups={name: part.compute() for name, part in of_groups.items()})
 
 
 class Trainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Scores(NamedTuple):
         ignored: number of pixels left out because their label is the ignore index.
         miou_stride4: mIoU by the published protocol: class scores at their own size, a quarter of the images', against
             labels at that size; absent classes left out. Only a second number, the first one decides.
+        groups: scores of the dataset's groups of frames, e.g. weathers, by name; empty where they were not asked for.
     """
 
     miou: float
@@ -33,6 +34,7 @@ class Scores(NamedTuple):
     pixels: int
     ignored: int
     miou_stride4: float = math.nan
+    groups: dict[str, Any] = {}
 
 
 class SegmentationMeter:

@@ -268,7 +268,7 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
         log: receives one line per step of the way.
 
     Returns:
-        Scores and class names.
+        Scores, those of the dataset's groups of frames among them, and class names.
 
     Raises:
         CheckpointError: if the checkpoint is missing or broken, or its classes are not the dataset's.
@@ -294,7 +294,9 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
     device = build.select_device(config.device)
     loader = build.build_loader(config, dataset, _with_batch(config.fit, val_batch), "eval", train=False)
     batches = tqdm(loader, "eval", leave=False)
-    return evaluate(model.to(device), batches, dataset.num_classes, device, config.precision), dataset.classes
+    groups = [group for group in map(dataset.group, range(len(dataset))) if group is not None]
+    scores = evaluate(model.to(device), batches, dataset.num_classes, device, config.precision, groups=groups)
+    return scores, dataset.classes
 
 
 def verify_config(config: Config, log: Log = tqdm.write) -> VerifyReport:
