@@ -35,7 +35,7 @@ IMPORTS = {
     "nn": ({*TRUTH, *CHOICE, *OPS, "nn"}, {"torch"}),
     "transkd": ({*TRUTH, *CHOICE, *OPS, "nn", "models.outputs"}, {"torch"}),
     "models": ({"models"}, {"torch", "safetensors", "transformers", "onnxruntime", "onnxscript"}),
-    "data": ({"data"}, {"torch", "torchvision", "numpy", "PIL", "yaml"}),
+    "data": ({"data"}, {"torch", "torchvision", "numpy", "PIL", "yaml", "av"}),
     "environment": ({*TRUTH, *CHOICE, *OPS}, {"torch"}),
     "train": ({*BELOW_TRAIN, "train"}, {"torch", "torchmetrics", "omegaconf", "tqdm", "numpy"}),
     "cli": ({*BELOW_TRAIN, "train", "cli"}, {"torch"}),

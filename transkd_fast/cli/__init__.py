@@ -1,8 +1,8 @@
 """The command line, ``transkd COMMAND``; every command stands in a module of this folder.
 
-Exit codes: 0 success; 1 what was checked does not hold (verify disagrees, the demo's student did not learn); 2 verify
-ran no fused kernel; 3 bad input or a run that could not go on; 4 an error nobody foresaw, with its traceback; 130
-interrupted; 143 stopped by SIGTERM, with a checkpoint from which resume=true goes on.
+Exit codes: 0 success; 1 what was checked does not hold (verify disagrees, the demo's student did not learn), or a file
+could not be predicted; 2 verify ran no fused kernel; 3 bad input or a run that could not go on; 4 an error nobody
+foresaw, with its traceback; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint from which resume=true goes on.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from transkd_fast.cli import _environment, _models, _training
+from transkd_fast.cli import _environment, _models, _predict, _training
 from transkd_fast.cli._commands import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_UNFORESEEN, Commands, Parser
 
-_MODULES = (_environment, _training, _models)
+_MODULES = (_environment, _training, _models, _predict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = Commands(parser)
     for module in _MODULES:
         module.add(commands)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives a command's positional arguments no more than one place: overrides may also stand after options.
+    if not all("=" in text and not text.startswith("-") and hasattr(args, "overrides") for text in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     errors: tuple[type[Exception], ...] = (OSError,)
     if args.needs_trainer:

@@ -7,15 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from transkd_fast.data.base import IGNORE_INDEX, DataError, SegmentationDataset, Transforms
 from transkd_fast.data.camvid import CamVid
 from transkd_fast.data.cityscapes import ACDC, Cityscapes
-from transkd_fast.data.folder import Folder
+from transkd_fast.data.folder import Folder, read_classes
 from transkd_fast.data.loader import EpochSampler, make_loader
 from transkd_fast.data.nyuv2 import NYUv2, NYUv2Folder
 from transkd_fast.data.procedural import StreetScenes, write_folder
 from transkd_fast.data.statistics import class_weights_of, count_pixels
-from transkd_fast.data.transforms import collate, eval_transforms, published_transforms, train_transforms
+from transkd_fast.data.transforms import (
+    collate,
+    eval_transforms,
+    network_input,
+    published_transforms,
+    train_transforms,
+)
 from transkd_fast.data.voc import VOC2012
 
 __all__ = [
@@ -38,8 +46,11 @@ __all__ = [
     "create",
     "eval_transforms",
     "make_loader",
+    "network_input",
+    "palette_of",
     "published_transforms",
     "train_transforms",
+    "void_of",
     "write_folder",
 ]
 
@@ -108,3 +119,39 @@ def create(
         raise ValueError(f"{name}: expected options out of {takes}, got {', '.join(unknown)}")
     make: Callable[..., SegmentationDataset] = _FILES[name]
     return make(root, split, transforms=transforms, **options)
+
+
+def palette_of(name: str, root: str | Path | None = None) -> Tensor:
+    """Colours of a dataset's classes, for which its frames need not be there.
+
+    Args:
+        name: one of `DATASETS`.
+        root: folder of "folder", which holds its class file; no other dataset is asked for one.
+
+    Returns:
+        uint8 [K, 3], RGB.
+
+    Raises:
+        DataError: the class file of "folder" is missing or of another form.
+    """
+    if name == "folder":
+        return read_classes(Path(root or "."))[1]
+    return (StreetScenes if name == "street_scenes" else _FILES[name]).palette
+
+
+def void_of(name: str, root: str | Path | None = None) -> tuple[int, ...]:
+    """Values beside 255 that mark ignored pixels in a dataset's label files of class indices.
+
+    Args:
+        name: one of `DATASETS`.
+        root: as in `palette_of`.
+
+    Returns:
+        The values.
+
+    Raises:
+        DataError: the class file of "folder" is missing or of another form.
+    """
+    if name == "folder":
+        return read_classes(Path(root or "."))[2]
+    return getattr(_FILES.get(name), "void_values", ())

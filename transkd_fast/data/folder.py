@@ -40,10 +40,7 @@ class Folder(FileDataset):
         allow_orphans: bool = False,
     ) -> None:
         root = Path(root)
-        path = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
-        if path is None:
-            raise DataError(f"{root}: expected {' or '.join(CLASS_FILES)} in it, found neither")
-        names, palette, void = _read_classes(path)
+        names, palette, void = read_classes(root)
         self.classes, self.palette = names, palette
         images = list_files(root / "images" / split, IMAGE_SUFFIXES)
         labels = list_files(root / "labels" / split, LABEL_SUFFIXES)
@@ -52,7 +49,18 @@ class Folder(FileDataset):
         self.root, self.split = root, split
 
 
-def _read_classes(path: Path) -> tuple[tuple[str, ...], torch.Tensor, tuple[int, ...]]:
+def read_classes(root: Path) -> tuple[tuple[str, ...], torch.Tensor, tuple[int, ...]]:
+    """Names and colours, uint8 [K, 3], of a folder's classes, and the label values that are ignored.
+
+    Args:
+        root: folder that holds the class file, see `Folder`.
+
+    Raises:
+        DataError: the class file is missing or of another form.
+    """
+    path = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
+    if path is None:
+        raise DataError(f"{root}: expected {' or '.join(CLASS_FILES)} in it, found neither")
     text = path.read_text(encoding="utf-8")
     content: Any = {"classes": [line.strip() for line in text.splitlines() if line.strip()]}
     if path.suffix == ".yaml":

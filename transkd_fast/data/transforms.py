@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -143,6 +144,24 @@ def eval_transforms(size: tuple[int, int]) -> v2.Compose:
     """
     size = _check_size("eval_transforms", size)
     return v2.Compose([RandomScale(size, masks=False), _to_float()])
+
+
+def network_input(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """An image without a label, as `eval_transforms` prepares it.
+
+    Args:
+        pixels: RGB, uint8 [H, W, 3].
+        size: (height, width) of the image given to the model.
+
+    Returns:
+        float32 [3, *size] in [0, 1].
+
+    Raises:
+        ValueError: `size` is not two positive integers.
+    """
+    image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    mask = tv_tensors.Mask(torch.zeros(1, 1, dtype=torch.uint8))
+    return eval_transforms(size)(image, mask)[0].as_subclass(Tensor)
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from transkd_fast import backends, environment, models
@@ -274,7 +275,7 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
         CheckpointError: if the checkpoint is missing or broken, or its classes are not the dataset's.
         ConfigError: if the run's configuration is missing or an override is bad.
     """
-    path = _find_checkpoint(checkpoint)
+    path = find_checkpoint(checkpoint)
     state = load_checkpoint(path, KEYS)
     config = load_config(path.parent.parent / "config.yaml", overrides)
     prepare_process(config, log)
@@ -285,12 +286,7 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
             f"expected those of {config.data.name}: {', '.join(dataset.classes)}"
         )
     val_batch = _check_data(dataset, "val") if config.data.check else None
-    model = models.create(state["network"], num_classes=state["num_classes"])
-    if state.get("ema") is not None:
-        log(f"{models.load_weights(model, state['ema'])}, averaged, epoch {state['epoch']}")
-    else:
-        distilled = any(key.startswith("student.") for key in state["model"])
-        log(f"{models.load_weights(model, state, prefix='student.' if distilled else '')}, epoch {state['epoch']}")
+    model = network_of(state, log)
     device = build.select_device(config.device)
     loader = build.build_loader(config, dataset, _with_batch(config.fit, val_batch), "eval", train=False)
     batches = tqdm(loader, "eval", leave=False)
@@ -301,6 +297,28 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
 
 def verify_config(config: Config, log: Log = tqdm.write) -> VerifyReport:
     """Compare the configured backend with eager fp64 on training batches, from the configuration's weights.
+def network_of(state: dict[str, Any], log: Log = tqdm.write) -> nn.Module:
+    """The network that a checkpoint is scored by: with the average of its weights where one is kept.
+
+    Args:
+        state: the checkpoint's content.
+        log: receives what was loaded.
+
+    Returns:
+        The network, on CPU.
+
+    Raises:
+        WeightsError: if the weights do not fit.
+    """
+    model = models.create(state["network"], num_classes=state["num_classes"])
+    if state.get("ema") is not None:
+        log(f"{models.load_weights(model, state['ema'])}, averaged, epoch {state['epoch']}")
+    else:
+        distilled = any(key.startswith("student.") for key in state["model"])
+        log(f"{models.load_weights(model, state, prefix='student.' if distilled else '')}, epoch {state['epoch']}")
+    return model
+
+
 
     Args:
         config: the run's configuration; without weights files, student and teacher are freshly initialised.
@@ -356,7 +374,12 @@ def _verify(config: Config, run_dir: Path | None, log: Log) -> VerifyReport:
     return verify(task, batches, config)
 
 
-def _find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a file, a folder with last.pt or a run folder stands for.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     for candidate in (path, path / "last.pt", path / "student" / "last.pt"):
         if candidate.is_file():
             return candidate
