@@ -34,7 +34,7 @@ IMPORTS = {
     "functional": ({*TRUTH, *CHOICE, "ops"}, {"torch"}),
     "nn": ({*TRUTH, *CHOICE, *OPS, "nn"}, {"torch"}),
     "transkd": ({*TRUTH, *CHOICE, *OPS, "nn", "models.outputs"}, {"torch"}),
-    "models": ({"models"}, {"torch", "safetensors", "transformers", "onnxruntime", "onnxscript"}),
+    "models": ({"models"}, {"torch", "timm", "safetensors", "transformers", "onnxruntime", "onnxscript"}),
     "data": ({"data"}, {"torch", "torchvision", "numpy", "PIL", "yaml", "av"}),
     "environment": ({*TRUTH, *CHOICE, *OPS}, {"torch"}),
     "train": ({*BELOW_TRAIN, "train"}, {"torch", "torchmetrics", "omegaconf", "tqdm", "numpy"}),

@@ -1,7 +1,8 @@
 """Backbones that return StageOutputs, and strict loading of their weights."""
 
+from transkd_fast.models.describe import describe
 from transkd_fast.models.outputs import StageOutputs
-from transkd_fast.models.registry import MODELS, create
+from transkd_fast.models.registry import MODELS, create, known
 from transkd_fast.models.segformer import (
     SegFormer,
     segformer_b0,
@@ -20,6 +21,8 @@ __all__ = [
     "StageOutputs",
     "WeightsError",
     "create",
+    "describe",
+    "known",
     "load_weights",
     "segformer_b0",
     "segformer_b1",

@@ -193,7 +193,7 @@ def build_model(config: Config, settings: ModelConfig, num_classes: int, purpose
         The network on the run's device.
 
     Raises:
-        ConfigError: if the network has fewer logits than the dataset has classes.
+        ConfigError: if there is no such network, or it has fewer logits than the dataset has classes.
         WeightsError: if weights are named and do not fit.
     """
     if settings.num_classes is not None and settings.num_classes < num_classes:
@@ -204,10 +204,43 @@ def build_model(config: Config, settings: ModelConfig, num_classes: int, purpose
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, purpose))
         classes = settings.num_classes or num_classes
-        model = cast(Network, models.create(settings.model, num_classes=classes, drop_path_rate=settings.drop_path))
+        try:
+            made = models.create(settings.model, num_classes=classes, drop_path_rate=settings.drop_path)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{purpose}.model: {error}") from error
+        model = cast(Network, made)
     if settings.weights is not None:
         log(f"{purpose}: {models.load_weights(model, settings.weights, settings.weights_prefix)}")
     return model.to(select_device(config.device))
+
+
+def dry_run(config: Config, networks: dict[str, Network], log: Log) -> None:
+    """Run the networks once on empty images of the training's size, and say what they give.
+
+    Args:
+        config: the run's configuration.
+        networks: student and teacher by name.
+        log: receives the lines.
+
+    Raises:
+        ConfigError: if one gives something else than `StageOutputs` of its channels at strides 4 to 32, or no patch
+            embeddings though they are to be distilled.
+    """
+    images = torch.zeros(2, 3, *config.data.size, device=select_device(config.device))
+    for name, network in networks.items():
+        try:
+            lines = models.describe(name, network, images)
+        except ValueError as error:
+            raise ConfigError(f"{name}.model: {error}") from error
+        for line in lines:
+            log(line)
+        wanted = config.distill.embeddings if config.distill.enabled else []
+        if wanted and getattr(network, "embedding_stages", len(wanted)) == 0:
+            model = (config.student if name == "student" else config.teacher).model
+            raise ConfigError(
+                f"distill.embeddings: expected [] with {name}.model={model!r}, which gives no patch embeddings, got"
+                f" {wanted}; switch PEA off with distill.embeddings=[], or take distill.method=csf"
+            )
 
 
 def build_transkd(config: Config, student: Network, teacher: Network) -> TransKD:

@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from transkd_fast.backends import BACKENDS
 from transkd_fast.data import DATASETS
-from transkd_fast.models import MODELS
+from transkd_fast.models import MODELS, known
 from transkd_fast.reference.hcl import LEVEL_WEIGHTS
 from transkd_fast.train import methods
 from transkd_fast.train.settings import Config, DataConfig, DistillConfig, FitConfig
@@ -171,7 +171,8 @@ def check_config(config: Config) -> None:
     for name, fit in (("fit", config.fit), ("teacher.fit", config.teacher.fit)):
         _check_fit(name, fit)
     for name, model in (("student", config.student), ("teacher", config.teacher)):
-        _one_of(f"{name}.model", model.model, tuple(MODELS))
+        forms = f"one of {', '.join(map(repr, MODELS))}, 'timm:NAME' or 'package.module:factory'"
+        _expect(known(model.model), f"{name}.model", forms, model.model)
         _expect(0 <= model.drop_path < 1, f"{name}.drop_path", "a rate in [0, 1)", model.drop_path)
         _expect(
             model.num_classes is None or model.num_classes > 1, f"{name}.num_classes", "at least 2", model.num_classes

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transkd_fast import backends, environment, models
 from transkd_fast.data import DataError, SegmentationDataset
 from transkd_fast.train import build
+from transkd_fast.train.board import Board
 from transkd_fast.train.build import Log, Network
 from transkd_fast.train.checkpoint import KEYS, CheckpointError, load_checkpoint, write_text
 from transkd_fast.train.config import ConfigError, load_config, save_config
@@ -35,7 +36,7 @@ from transkd_fast.train.verify import VerifyReport, verify
 # What may change between the parts of a resumed run without making it another run.
 _FREE_TO_CHANGE = (
     *("run_dir", "resume", "device", "threads", "keep_memory", "log_every", "backend", "verify"),
-    *("checkpoint_every", "checkpoint_minutes", "on_nonfinite", "skip_limit", "log_gradients"),
+    *("checkpoint_every", "checkpoint_minutes", "on_nonfinite", "skip_limit", "log_gradients", "tensorboard"),
     *("data.root", "data.check", "data.cache", "data.workers"),
 )
 
@@ -102,6 +103,7 @@ def train(config: Config, log: Log = tqdm.write, observers: Sequence[Observer] =
     try:
         with joined(config) as processes:
             if processes.first:
+                observers = [*observers, Board()] if config.tensorboard else observers
                 return _train(config, log, observers, processes)
             return _train(config, lambda line: None, (), processes)
     finally:
@@ -125,6 +127,8 @@ def _train(config: Config, log: Log, observers: Sequence[Observer], processes: P
     if config.distill.enabled:
         teacher = build.build_model(config, config.teacher, len(classes), "teacher", log)
         build.class_weights(config.teacher.fit, teacher.num_classes, "teacher.fit", device)
+    build.dry_run(config, {"student": student} | ({"teacher": teacher} if teacher is not None else {}), log)
+    if teacher is not None:
         transkd = build.build_transkd(config, student, teacher)
     fits = {"student": config.fit} | ({"teacher": config.teacher.fit} if teacher is not None else {})
     loaders = {
@@ -295,8 +299,6 @@ def evaluate_run(checkpoint: Path, overrides: list[str], log: Log = tqdm.write) 
     return scores, dataset.classes
 
 
-def verify_config(config: Config, log: Log = tqdm.write) -> VerifyReport:
-    """Compare the configured backend with eager fp64 on training batches, from the configuration's weights.
 def network_of(state: dict[str, Any], log: Log = tqdm.write) -> nn.Module:
     """The network that a checkpoint is scored by: with the average of its weights where one is kept.
 
@@ -319,6 +321,8 @@ def network_of(state: dict[str, Any], log: Log = tqdm.write) -> nn.Module:
     return model
 
 
+def verify_config(config: Config, log: Log = tqdm.write) -> VerifyReport:
+    """Compare the configured backend with eager fp64 on training batches, from the configuration's weights.
 
     Args:
         config: the run's configuration; without weights files, student and teacher are freshly initialised.

@@ -91,7 +91,8 @@ class ModelConfig:
     """Which network.
 
     Args:
-        model: one of ``transkd_fast.models.MODELS``.
+        model: one of ``transkd_fast.models.MODELS``, "timm:NAME" for a hierarchical backbone of timm, or
+            "package.module:factory" for your own.
         weights: file to load, strictly; null for random weights.
         weights_prefix: take only the file's keys that start so: "student." takes the student out of a TransKD file.
         num_classes: number of logits; null for the dataset's number of classes.
@@ -215,6 +216,7 @@ class Config:
         keep_memory: on CPU with glibc, keep freed memory in the process (see ``transkd_fast.train.memory``).
         resume: go on from the run folder's last checkpoints.
         log_every: steps between updates of the progress bar and checks for non-finite losses.
+        tensorboard: write what TensorBoard shows into the folder of every training.
         log_gradients: at these steps log the norm of every loss term's gradient, and that of every stage.
         checkpoint_every: steps between checkpoints within an epoch; null for those of `checkpoint_minutes` alone.
         checkpoint_minutes: minutes between checkpoints within an epoch; one is always written at its end.
@@ -241,6 +243,7 @@ class Config:
     keep_memory: bool = True
     resume: bool = False
     log_every: int = 10
+    tensorboard: bool = False
     log_gradients: bool = False
     checkpoint_every: int | None = None
     checkpoint_minutes: float = 10.0
