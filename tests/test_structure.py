@@ -37,7 +37,7 @@ IMPORTS = {
     "models": ({"models"}, {"torch", "timm", "safetensors", "transformers", "onnxruntime", "onnxscript"}),
     "data": ({"data"}, {"torch", "torchvision", "numpy", "PIL", "yaml", "av"}),
     "environment": ({*TRUTH, *CHOICE, *OPS}, {"torch"}),
-    "train": ({*BELOW_TRAIN, "train"}, {"torch", "torchmetrics", "omegaconf", "tqdm", "numpy"}),
+    "train": ({*BELOW_TRAIN, "train"}, {"torch", "torchmetrics", "omegaconf", "tqdm", "numpy", "matplotlib"}),
     "cli": ({*BELOW_TRAIN, "train", "cli"}, {"torch"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({*TRUTH, *CHOICE, *OPS, "nn", "transkd", "models.outputs"}, {"torch"}),

@@ -13,10 +13,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from transkd_fast.cli import _environment, _models, _predict, _training
+from transkd_fast.cli import _environment, _models, _predict, _profile, _training
 from transkd_fast.cli._commands import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_UNFORESEEN, Commands, Parser
 
-_MODULES = (_environment, _training, _models, _predict)
+_MODULES = (_environment, _training, _models, _predict, _profile)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
