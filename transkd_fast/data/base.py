@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,11 +103,12 @@ class SegmentationDataset(Dataset[Sample], ABC):
         mask = tv_tensors.Mask(torch.from_numpy(labels))
         return (image, mask) if self.transforms is None else self.transforms(image, mask)
 
-    def check(self, full: bool = True) -> CheckReport:
+    def check(self, full: bool = True, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> CheckReport:
         """Reads the data once, so that a bad file is found before training starts.
 
         Args:
             full: read every frame; False reads only the first (a quick look at format and label values).
+            progress: goes over the frames' numbers, e.g. tqdm.
 
         Returns:
             What was seen.
@@ -117,7 +118,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         """
         sizes: set[tuple[int, int]] = set()
         labelled = 0
-        for index in range(len(self) if full else min(1, len(self))):
+        for index in progress(range(len(self) if full else min(1, len(self)))):
             _, labels = self.load(index)
             sizes.add((labels.shape[0], labels.shape[1]))
             labelled += int((labels != self.ignore_index).sum())

@@ -224,7 +224,8 @@ class Trainer:
         return evaluate(self.scored, self._until_sigterm(), count, self.device, precision, self.processes)
 
     def _until_sigterm(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.val_loader:
+        quiet = None if self.processes.first else True
+        for batch in tqdm(self.val_loader, f"{self.name} evaluation", leave=False, disable=quiet):
             yield batch
             if self._sigterm.came and self.processes.count == 1:  # several would have to agree on a batch
                 self._save()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from transkd_fast.train.metrics import Scores
 from transkd_fast.train.tasks import TrainingError
@@ -73,13 +74,14 @@ def check_teacher(
     device = next(teacher.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     batches = list(islice(loader, max(1, FRAMES // (loader.batch_size or 1))))
-    found = {
-        "as it is": score(teacher, batches).miou,
-        "with ImageNet's mean and deviation applied to its images": score(
-            Renormalised(teacher, 1 / std, -mean / std), batches
-        ).miou,
-        "with them taken back": score(Renormalised(teacher, std, mean), batches).miou,
+    ways = {
+        "as it is": teacher,
+        "with ImageNet's mean and deviation applied to its images": Renormalised(teacher, 1 / std, -mean / std),
+        "with them taken back": Renormalised(teacher, std, mean),
     }
+    found = {}
+    for name, network in ways.items():
+        found[name] = score(network, tqdm(batches, "teacher's normalisation", leave=False, disable=None)).miou
     best = max(found, key=lambda name: found[name])
     table = ", ".join(f"{name} {100 * miou:.2f} %" for name, miou in found.items())
     advice = "its input normalisation does not seem to be the reason; check file, classes and their order"

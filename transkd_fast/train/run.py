@@ -170,7 +170,7 @@ def _check_data(dataset: SegmentationDataset, split: str) -> int | None:
 
     Scores are taken at label size, so labels of different sizes cannot share a batch.
     """
-    report = dataset.check()
+    report = dataset.check(progress=lambda frames: tqdm(frames, f"check {split}", leave=False, disable=None))
     if report.labelled_pixels == 0:
         raise DataError(
             f"{split}: expected labelled pixels, got only ignored ones in {len(dataset)} frames; "

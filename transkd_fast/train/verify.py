@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from tqdm import tqdm
 
 from transkd_fast import backends
 from transkd_fast.train import build
@@ -144,8 +145,8 @@ def verify(task: DistillationTask, batches: list[Batch], config: Config) -> Veri
     worst: dict[str, tuple[float, float]] = {}
     with _full_fp32():
         with backends.count_runs() as runs, backends.use_backend(config.backend):
-            results = [_results(checked, batch, precision) for batch in batches]
-        for batch, result in zip(batches, results, strict=True):
+            results = [_results(checked, batch, precision) for batch in _bar(batches, "verify: backend")]
+        for batch, result in zip(_bar(batches, "verify: fp64"), results, strict=True):
             with backends.use_backend("eager"):
                 plain = _results(eager, batch, precision)
                 true = _results(truth, (batch[0].double(), batch[1]), "fp32")
@@ -161,6 +162,10 @@ def verify(task: DistillationTask, batches: list[Batch], config: Config) -> Veri
         raise TrainingError(f"verify: expected labels that are classes or ignored, got {wrong} pixels out of range")
     rows = [Row(name, ours, theirs, limit) for name, (ours, theirs) in sorted(worst.items(), key=_losses_first)]
     return VerifyReport(precision, rows, runs, *measured)
+
+
+def _bar(items: Sequence[Any], text: str) -> Iterable[Any]:
+    return tqdm(items, text, leave=False, disable=None)
 
 
 def _losses_first(item: tuple[str, Any]) -> tuple[bool, str]:
@@ -245,7 +250,7 @@ def _measure(ways: list[tuple[DistillationTask, str | None]], batch: Batch, prec
         _forward_backward(task, batch, precision)
 
     seconds: list[list[float]] = [[] for _ in ways]
-    for _ in range(TIMED_ROUNDS):
+    for _ in _bar(range(TIMED_ROUNDS), "verify: timing"):
         for (task, backend), times in zip(ways, seconds, strict=True):
             with backends.use_backend(backend):
                 times.append(_timed(partial(step, task), device))
