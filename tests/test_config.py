@@ -47,7 +47,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
         None,
         [
             "run_dir=elsewhere", "seed=5", "device=cpu", "precision=bf16", "backend=eager", "threads=3",
-            "keep_memory=false", "resume=true", "log_every=3", "log_gradients=true",
+            "keep_memory=false", "resume=true", "log_every=3", "log_gradients=true", "tensorboard=true",
                 "checkpoint_every=5", "checkpoint_minutes=2", "on_nonfinite=skip", "skip_limit=3", "compile=true",
                 "channels_last=true", "teacher.expect_miou=0.5", "data.name=camvid", "data.root=/data",
             "data.size=[64,96]", "data.augment=published", "data.scale=[0.5,2]", "data.flip=0.25",

@@ -75,6 +75,19 @@ def test_a_backbone_without_patch_embeddings_says_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_windowed_backbone_takes_other_sizes_than_its_pretraining(caplog):
+    model = models.create("timm:swin_tiny_patch4_window7_224", num_classes=4, drop_path_rate=0.1)
+    lines = describe("teacher", model, torch.rand(1, 3, 64, 96))
+    assert "features [1, 768, 2, 3], embedding [1, 6, 768]" in lines[4]
+    assert not caplog.records
+
+
+def test_a_backbone_without_stochastic_depth_says_so(caplog):
+    model = models.create("timm:densenet121", num_classes=4, drop_path_rate=0.1)
+    assert "densenet121 has no stochastic depth: drop_path=0.1 is not used" in caplog.text
+    assert len(describe("teacher", model, torch.rand(1, 3, 64, 64))) == 5
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transkd_fast.models.outputs import StageOutputs
 from transkd_fast.models.semantic_fpn import STRIDES, SemanticFPN
 
+_logger = logging.getLogger(__name__)
 PREFIX = "timm:"  # of the names that the registry knows
 # What turns pixels or a finer stage's tokens into a stage's tokens, by class.
 _EMBEDDING_CLASSES = ("PatchEmbed", "PatchMerging")
@@ -20,8 +22,9 @@ class TimmBackbone(nn.Module):
     """A timm backbone with maps of strides 4, 8, 16 and 32, its patch embeddings where it has any, and logits.
 
     Patch embeddings are the outputs of its modules whose class name says PatchEmbed or PatchMerging and whose shapes
-    are those of the stages; a backbone in which not all four are found gives none, and `embedding_stages` is 0. Images
-    are normalised inside, as the backbone's pretraining did.
+    are those of the stages; a backbone in which not all four are found gives none, and `embedding_stages` is 0. Where
+    the backbone normalises before it merges patches, as Swin does, they are taken after the merge, without a norm of
+    their own. Images are normalised inside, as the backbone's pretraining did.
 
     Args:
         name: Name of the model in timm, e.g. "pvt_v2_b2".
@@ -46,11 +49,19 @@ class TimmBackbone(nn.Module):
             import timm
         except ImportError as error:
             raise ImportError(f"model {PREFIX}{name} needs the package timm; pip install timm") from error
-        options: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
-        try:
-            self.backbone = timm.create_model(name, features_only=True, pretrained=pretrained, **options)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"model {PREFIX}{name}: timm cannot make it with features_only=True: {error}") from error
+        # Windowed backbones else take images of one size only.
+        options: dict[str, Any] = {"strict_img_size": False, "drop_path_rate": drop_path_rate}
+        while not hasattr(self, "backbone"):
+            try:
+                self.backbone = timm.create_model(name, features_only=True, pretrained=pretrained, **options)
+            except (RuntimeError, TypeError) as error:
+                refused = [option for option in options if f"'{option}'" in str(error)]
+                if not isinstance(error, TypeError) or not refused:
+                    message = f"model {PREFIX}{name}: timm cannot make it with features_only=True: {error}"
+                    raise ValueError(message) from error
+                options = {option: value for option, value in options.items() if option not in refused}
+        if drop_path_rate and "drop_path_rate" not in options:
+            _logger.warning("%s%s has no stochastic depth: drop_path=%s is not used", PREFIX, name, drop_path_rate)
         reductions, channels = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
         places = {reduction: index for index, reduction in enumerate(reductions)}
         if not set(STRIDES) <= places.keys():

@@ -230,8 +230,8 @@ def dry_run(config: Config, networks: dict[str, Network], log: Log) -> None:
     for name, network in networks.items():
         try:
             lines = models.describe(name, network, images)
-        except ValueError as error:
-            raise ConfigError(f"{name}.model: {error}") from error
+        except (AssertionError, RuntimeError, ValueError) as error:  # backbones refuse sizes in many ways
+            raise ConfigError(f"{name}.model: with images of {config.data.size}: {error}") from error
         for line in lines:
             log(line)
         wanted = config.distill.embeddings if config.distill.enabled else []
