@@ -272,7 +272,11 @@ def batch_clones(run, batch: int) -> list[list[int]]:
     return [shape for shape in shapes if shape and shape[0] == batch]
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+# Where oneDNN has no bf16 convolution (AVX2), torch's own copies whatever it is given: there is nothing to see of ours.
+BF16 = [pytest.param(True, id="bf16")] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+
+
+@pytest.mark.parametrize("autocast", [pytest.param(False, id="fp32"), *BF16])
 def test_no_layout_copies_between_tokens_and_maps(b0, autocast):
     images = torch.rand(5, 3, 65, 97)
 
